@@ -44,6 +44,7 @@ import itertools
 import json
 import lzma
 import math
+import operator
 import os
 import platform
 import re
@@ -57,7 +58,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, NoReturn, get_type_hints
 
 # ==================================================================================================
 # KNOBS: every setting is an environment variable with the upper-case name of its field
@@ -69,17 +70,16 @@ ARTIFACT_LIMIT_BYTES = 16_000_000
 class UserError(Exception):
     """A mistake in the user's input: printed as lines, without a traceback; exit status 2."""
 
+    status = 2
 
-def knob(
-    default: Any,
-    help: str,
-    *,
-    lo: float | None = None,
-    hi: float | None = None,
-    choices: tuple[str, ...] = (),
-    alias: str = "",
-    group: str = "",
-) -> Any:
+
+class RunFailed(UserError):
+    """A run that cannot go on, explained in a line."""
+
+    status = 1
+
+
+def knob(default: Any, help: str, lo=-math.inf, hi=math.inf, choices=(), alias="", group="") -> Any:
     """One row of the table. `group` opens a group in `--help`; `alias` is an older public name."""
     meta = {"help": help, "lo": lo, "hi": hi, "choices": choices, "alias": alias, "group": group}
     return dataclasses.field(default=default, metadata=meta)
@@ -229,23 +229,19 @@ REMOVED = (
 def parse_value(kind: type, meta: dict[str, Any], text: str) -> Any:
     """Text of an environment variable -> value; ValueError says what would be right."""
     if kind is bool:
-        if text.lower() not in ("0", "1", "true", "false"):
+        if text not in ("0", "1"):
             raise ValueError("must be 0 or 1")
-        return text.lower() in ("1", "true")
+        return text == "1"
     if kind is str:
         if meta["choices"] and text not in meta["choices"]:
             raise ValueError("must be one of " + ", ".join(meta["choices"]))
         return text
     try:
-        value = kind(text.replace("_", "")) if kind is int else kind(text)
+        value = kind(text)
     except ValueError:
         raise ValueError("must be a whole number" if kind is int else "must be a number") from None
-    if not math.isfinite(value):
-        raise ValueError("must be finite")
-    if meta["lo"] is not None and value < meta["lo"]:
-        raise ValueError(f"must be at least {meta['lo']}")
-    if meta["hi"] is not None and value > meta["hi"]:
-        raise ValueError(f"must be at most {meta['hi']}")
+    if not meta["lo"] <= value <= meta["hi"] or not math.isfinite(value):
+        raise ValueError(f"must be from {meta['lo']} to {meta['hi']}".replace("to inf", "up"))
     return value
 
 
@@ -297,7 +293,7 @@ def knobs_from_env(
     if preset == "auto":
         preset = "cpu" if guess_device(given.get("device", "auto")) == "cpu" else "mac"
     cfg = Knobs(**{**(base or preset_values(preset)), **given, "preset": preset})
-    problems += [] if problems else check_together(cfg)
+    problems += check_together(cfg)
     if problems:
         raise UserError("\n".join(problems))
     return cfg, warnings
@@ -305,45 +301,26 @@ def knobs_from_env(
 
 def check_together(cfg: Knobs) -> list[str]:
     """Problems that only several knobs together have."""
-    problems = []
-
-    def need(ok: bool, line: str) -> None:
-        if not ok:
-            problems.append(line)
-
-    head_dim = cfg.model_dim // cfg.num_heads
-    need(
-        cfg.model_dim % cfg.num_heads == 0,
-        f"MODEL_DIM={cfg.model_dim} must be a multiple of NUM_HEADS={cfg.num_heads}",
-    )
-    need(
-        cfg.num_heads % cfg.num_kv_heads == 0,
-        f"NUM_HEADS={cfg.num_heads} must be a multiple of NUM_KV_HEADS={cfg.num_kv_heads}",
-    )
-    need(head_dim % 2 == 0, f"MODEL_DIM / NUM_HEADS = {head_dim} must be even")
-    need(
-        cfg.rope_dims % 2 == 0 and cfg.rope_dims <= head_dim,
-        f"ROPE_DIMS={cfg.rope_dims} must be even and at most MODEL_DIM / NUM_HEADS = {head_dim}",
-    )
-    need(
-        cfg.train_batch_tokens >= cfg.train_seq_len,
-        f"TRAIN_BATCH_TOKENS={cfg.train_batch_tokens} holds no window of "
-        f"TRAIN_SEQ_LEN={cfg.train_seq_len}: raise the first or lower the second",
-    )
-    need(
-        cfg.eval_mode == "standard" or cfg.eval_stride <= eval_length(cfg),
-        f"EVAL_STRIDE={cfg.eval_stride} must be at most the window of {eval_length(cfg)} tokens",
-    )
-    need(
-        cfg.iterations > 0 or cfg.max_wallclock_seconds > 0,
-        "ITERATIONS=0 and MAX_WALLCLOCK_SECONDS=0 together never stop: set one",
-    )
-    need(
-        not cfg.run_id or re.fullmatch(r"[\w.+=-]+", cfg.run_id) is not None,
-        f"RUN_ID={cfg.run_id}: use letters, digits and . _ + = - only",
-    )
-    need(not cfg.resume or bool(cfg.run_id), "RESUME=1 needs RUN_ID: which run should go on?")
-    return problems
+    head, window = cfg.model_dim // cfg.num_heads, eval_length(cfg)
+    rules = {
+        f"MODEL_DIM={cfg.model_dim} must be an even multiple of NUM_HEADS={cfg.num_heads}":
+            cfg.model_dim % (2 * cfg.num_heads) == 0,
+        f"NUM_HEADS={cfg.num_heads} must be a multiple of NUM_KV_HEADS={cfg.num_kv_heads}":
+            cfg.num_heads % cfg.num_kv_heads == 0,
+        f"ROPE_DIMS={cfg.rope_dims} must be even, at most MODEL_DIM / NUM_HEADS = {head}":
+            cfg.rope_dims % 2 == 0 and cfg.rope_dims <= head,
+        f"TRAIN_BATCH_TOKENS={cfg.train_batch_tokens} holds no window of TRAIN_SEQ_LEN="
+        f"{cfg.train_seq_len}: raise the first or lower the second":
+            cfg.train_batch_tokens >= cfg.train_seq_len,
+        f"EVAL_STRIDE={cfg.eval_stride} must be at most the window of {window} tokens":
+            cfg.eval_mode == "standard" or cfg.eval_stride <= window,
+        "ITERATIONS=0 and MAX_WALLCLOCK_SECONDS=0 together never stop: set one":
+            cfg.iterations > 0 or cfg.max_wallclock_seconds > 0,
+        f"RUN_ID={cfg.run_id}: use letters, digits and . _ + = - only":
+            not cfg.run_id or re.fullmatch(r"\w[\w.+=-]*", cfg.run_id) is not None,
+        "RESUME=1 needs RUN_ID: which run should go on?": bool(cfg.run_id) or not cfg.resume,
+    }  # fmt: skip
+    return [problem for problem, holds in rules.items() if not holds]
 
 
 def eval_length(cfg: Knobs) -> int:
@@ -389,11 +366,11 @@ def knob_markdown() -> str:
     return "\n".join(lines).strip() + "\n"
 
 
-def exit_with(error: UserError) -> None:
-    """Print a user's mistake, a line each, and end with status 2."""
+def exit_with(error: UserError) -> NoReturn:
+    """Print a user's mistake, a line each, and end with its status."""
     for line in str(error).splitlines():
         print(f"error: {line}", file=sys.stderr)
-    raise SystemExit(2)
+    raise SystemExit(error.status)
 
 
 def knobs_or_exit(argv: list[str], env: dict[str, str]) -> tuple[Knobs, list[str]]:
@@ -407,7 +384,6 @@ def knobs_or_exit(argv: list[str], env: dict[str, str]) -> tuple[Knobs, list[str
         return knobs_from_env(env)
     except UserError as error:
         exit_with(error)
-        raise AssertionError("unreachable") from error
 
 
 if __name__ == "__main__":
@@ -1249,34 +1225,15 @@ class Group:
 
 
 GROUPS = (
-    Group(
-        "matrices",
-        r"blocks\.\d+\.(attn\.(c_q|c_k|c_v|proj)|mlp\.(fc|proj))\.weight",
-        "muon",
-        "matrix_lr",
-        "muon_weight_decay",
-        "weight_bits",
-    ),
+    Group("matrices", r"blocks\.\d+\.(attn\.(c_q|c_k|c_v|proj)|mlp\.(fc|proj))\.weight",
+          "muon", "matrix_lr", "muon_weight_decay", "weight_bits"),
     Group("embedding", r"tok_emb", "adam", "tied_embed_lr", "adam_weight_decay", "embed_bits"),
-    Group(
-        "tables",
-        r"engram\.tables|(bigram|skipgram)\.table",
-        "adam",
-        "hash_lr",
-        "adam_weight_decay",
-        "weight_bits",
-    ),
+    Group("tables", r"engram\.tables|(bigram|skipgram)\.table",
+          "adam", "hash_lr", "adam_weight_decay", "weight_bits"),
     Group("hash_proj", r"engram\.proj", "adam", "hash_proj_lr", "", "embed_bits"),
-    Group(
-        "scalars",
-        r"blocks\.\d+\.(attn\.q_gain|attn_scale|mlp_scale|resid_mix)|skips|smear_gate"
-        r"|\w+\.gates",
-        "adam",
-        "scalar_lr",
-        "",
-        "",
-    ),
-)
+    Group("scalars", r"blocks\.\d+\.(attn\.q_gain|attn_scale|mlp_scale|resid_mix)|skips|smear_gate"
+          r"|\w+\.gates", "adam", "scalar_lr", "", ""),
+)  # fmt: skip
 
 Arrays = dict[str, mx.array]
 
@@ -1417,10 +1374,6 @@ def apply_gradients(
 # ==================================================================================================
 # TRAINING
 # ==================================================================================================
-
-
-class RunFailed(UserError):
-    """A run that cannot go on, explained in a line; exit status 1."""
 
 
 class Workers:
@@ -1570,58 +1523,48 @@ class Trainer:
         self, params: Arrays, grads: Arrays, opt: Arrays, average: Arrays, hyper: Arrays
     ) -> tuple[Arrays, Arrays, Arrays]:
         """Some parameters' (new values, optimizer state, average)."""
-        grads = (
-            {n: g * hyper["clip"] for n, g in grads.items()} if self.cfg.grad_clip_norm else grads
-        )
+        if self.cfg.grad_clip_norm:
+            grads = {n: g * hyper["clip"] for n, g in grads.items()}
         params, opt = apply_gradients(list(params), params, grads, opt, hyper, self.cfg)
         if not (self.cfg.ema_decay or self.cfg.use_swa):
             return params, opt, params
         return params, opt, {n: a + hyper["average"] * (params[n] - a) for n, a in average.items()}
 
+    def step_gradients(self, step: int, qat: bool) -> tuple[float, list[tuple[Arrays, mx.array]]]:
+        """Step number `step`'s (plain loss, [(gradients, their squared norm)] of each share)."""
+        tokens = self.data.step(step, self.windows)
+        weights = complementary_weights(tokens, self.bigrams, self.cfg.complement_alpha)
+        arrays = tokens[:, :-1], tokens[:, 1:], weights
+        parts: list[tuple[Any, ...]] = [()] * len(self.rounds[0])
+        for pieces in self.rounds:
+            batches = [tuple(mx.array(a[piece]) for a in arrays) for piece in pieces]
+            jobs = [(self.params, *job) for job in zip(parts, batches, strict=False)]
+            parts[: len(jobs)] = self.workers.map(self.gradients[qat], jobs)
+            if self.cfg.mlx_eager_eval:
+                mx.eval(parts)
+        jobs = [([{n: g[n] for n in share} for _, g in parts],) for share in self.shares]
+        return sum(p[0].item() for p in parts), self.workers.map(self.sums, jobs)
+
     def compute(self, step: int, factor: float, averaged: int) -> tuple[Any, ...]:
         """What step number `step` makes of the state: (params, opt, average, loss, norm)."""
-        cfg = self.cfg
-        tokens = self.data.step(step, self.windows)
-        weights = complementary_weights(tokens, self.bigrams, cfg.complement_alpha)
-        gradients, parts = (
-            self.gradients[factor < cfg.late_qat_threshold],
-            [()] * self.workers.count,
-        )
-        for pieces in self.rounds:
-            batches = [
-                tuple(mx.array(a[p]) for a in (tokens[:, :-1], tokens[:, 1:], weights))
-                for p in pieces
-            ]
-            jobs = [(self.params, *job) for job in zip(parts, batches, strict=False)]
-            parts[: len(jobs)] = self.workers.map(gradients, jobs)
-            if cfg.mlx_eager_eval:
-                mx.eval(parts)
-        parts = [p for p in parts if p]
-        summed = self.workers.map(
-            self.sums, [([{n: g[n] for n in share} for _, g in parts],) for share in self.shares]
-        )
-        loss = sum(p[0].item() for p in parts)
-        norm = math.sqrt(sum(s[1].item() for s in summed))
-        clip = min(cfg.grad_clip_norm / (norm + 1e-12), 1.0)
+        cfg, old = self.cfg, (self.params, self.opt, self.average)
+        loss, summed = self.step_gradients(step, factor < cfg.late_qat_threshold)
+        norm = math.sqrt(sum(square.item() for _, square in summed))
         hyper = {
-            "lr": factor,
-            "momentum": momentum_at(step, cfg),
-            "step": step + 1.0,
-            "clip": clip,
+            "lr": factor, "momentum": momentum_at(step, cfg), "step": step + 1.0,
+            "clip": min(cfg.grad_clip_norm / (norm + 1e-12), 1.0),
             "average": averaging_weight(averaged, cfg),
-        }
+        }  # fmt: skip
         hyper = {n: mx.array(v) for n, v in hyper.items()}
         jobs = []
-        for share, (grads, _) in zip(self.shares, summed, strict=True):
-            kept = {k: a for k, a in self.opt.items() if k.partition("/")[2] in grads}
-            mine = ({n: source[n] for n in share} for source in (self.params, self.average))
-            params, average = mine
-            jobs.append((params, grads, kept, average, hyper))
-        done = self.workers.map(self.updates, jobs)
-        new = [{k: a for part in done for k, a in part[i].items()} for i in range(3)]
-        mx.eval(new)
-        order = (self.params, self.opt, self.average)
-        return *({n: got[n] for n in old} for got, old in zip(new, order, strict=True)), loss, norm
+        for grads, _ in summed:
+            params, average = ({n: source[n] for n in grads} for source in (old[0], old[2]))
+            opt = {k: a for k, a in self.opt.items() if k.partition("/")[2] in grads}
+            jobs.append((params, grads, opt, average, hyper))
+        shares = self.workers.map(self.updates, jobs)
+        mx.eval(shares)
+        new = [functools.reduce(operator.or_, kind) for kind in zip(*shares, strict=True)]
+        return *({n: a[n] for n in b} for a, b in zip(new, old, strict=True)), loss, norm
 
     def warm_up(self) -> None:
         """Compile and allocate by running steps whose results are thrown away."""
@@ -1640,7 +1583,7 @@ class Trainer:
         if not (math.isfinite(loss) and math.isfinite(norm)):
             path = self.save()
             raise RunFailed(
-                f"step {self.step + 1}: loss {loss}, gradient norm {norm}: stopped; the state after "
+                f"step {self.step + 1}: loss {loss}, gradient norm {norm}: stopped; the state at "
                 f"step {self.step} is in {path}. Lower MATRIX_LR, TIED_EMBED_LR or HASH_LR, or set "
                 "GRAD_CLIP_NORM=1"
             )
@@ -1650,15 +1593,11 @@ class Trainer:
         seconds = time.perf_counter() - begin
         self.elapsed_s += seconds
         return {
-            "event": "train",
-            "step": self.step,
-            "train_loss": loss,
-            "grad_norm": norm,
-            "lr_factor": factor,
-            "train_time_ms": 1000 * self.elapsed_s,
+            "event": "train", "step": self.step, "train_loss": loss, "grad_norm": norm,
+            "lr_factor": factor, "train_time_ms": 1000 * self.elapsed_s,
             "step_avg_ms": 1000 * self.elapsed_s / self.step,
             "tok_s": self.windows * self.cfg.train_seq_len / seconds,
-        }
+        }  # fmt: skip
 
     def finished(self) -> bool:
         """Whether the steps or the clock are used up."""
@@ -1666,23 +1605,15 @@ class Trainer:
 
     def save(self) -> Path:
         """Write the state to checkpoint/ in the run's folder, whole or not at all."""
-        folder = self.report.folder / "checkpoint"
-        folder.mkdir(exist_ok=True)
-        arrays = {
-            f"{kind}:{name}": a
-            for kind in ("params", "opt", "average")
-            for name, a in getattr(self, kind).items()
-        }
-        meta = {
-            "step": str(self.step),
-            "elapsed_s": repr(self.elapsed_s),
-            "averaged": str(self.averaged),
-            "knobs": json.dumps(dataclasses.asdict(self.cfg)),
-        }
-        part = folder / "part.safetensors"
+        path = self.report.folder / "checkpoint" / "state.safetensors"
+        path.parent.mkdir(exist_ok=True)
+        kinds = {"params": self.params, "opt": self.opt, "average": self.average}
+        arrays = {f"{kind}:{n}": a for kind, tree in kinds.items() for n, a in tree.items()}
+        meta = {n: getattr(self, n) for n in ("step", "elapsed_s", "averaged")}
+        meta = {"state": json.dumps(meta), "knobs": json.dumps(dataclasses.asdict(self.cfg))}
+        part = path.with_name("part.safetensors")
         mx.save_safetensors(str(part), arrays, meta)
-        part.replace(folder / "state.safetensors")
-        return folder / "state.safetensors"
+        return part.replace(path)
 
     def load(self) -> None:
         """Take the state from checkpoint/. Raises UserError if the settings do not fit it."""
@@ -1691,50 +1622,45 @@ class Trainer:
             raise UserError(f"RESUME=1: there is no {path}: unset RESUME and choose another RUN_ID")
         arrays, meta = mx.load(str(path), return_metadata=True)
         saved = json.loads(meta["knobs"])
-        free = {
+        free = (
             "iterations",
-            "max_wallclock_seconds",
+            "max_wall",
+            "warmdown",
             "resume",
-            "checkpoint_every",
-            "train_log_every",
+            "checkpoint",
+            "train_log",
             "out_dir",
-            "warmdown_iters",
-        }
+        )
+        free += ("eval_", "val_")
         for name, value in dataclasses.asdict(self.cfg).items():
-            training = not name.startswith(("eval_", "val_"))
-            if training and name not in free and saved.get(name) != value:
-                raise UserError(
-                    f"RESUME=1: {name.upper()} was {saved.get(name)} in that run and "
-                    f"is {value} now: set it back"
-                )
+            if not name.startswith(free) and saved.get(name) != value:
+                raise UserError(f"RESUME=1: {name.upper()} was {saved.get(name)}, not {value}")
         for kind in ("params", "opt", "average"):
-            head = kind + ":"
-            setattr(
-                self, kind, {n[len(head) :]: a for n, a in arrays.items() if n.startswith(head)}
-            )
-        self.step, self.averaged = int(meta["step"]), int(meta["averaged"])
-        self.elapsed_s = float(meta["elapsed_s"])
+            mine = {n.partition(":")[2]: a for n, a in arrays.items() if n.startswith(kind + ":")}
+            setattr(self, kind, {n: mine[n] for n in getattr(self, kind)})
+        for name, value in json.loads(meta["state"]).items():
+            setattr(self, name, value)
 
 
-def train(trainer: Trainer, validate: Callable[[Arrays], dict[str, Any]]) -> None:
+def train(trainer: Trainer, validation: Validation) -> None:
     """Run steps until the steps or the clock are used up; validate and log on the way."""
     cfg, report = trainer.cfg, trainer.report
+
+    def due(every: int) -> bool:
+        return bool(every) and trainer.step % every == 0
+
     try:
         while not trainer.finished():
             event = trainer.advance()
-            every = cfg.train_log_every
-            if every and (trainer.step <= 5 or trainer.step % every == 0 or trainer.finished()):
-                report.train(event)
-            if cfg.val_loss_every and trainer.step % cfg.val_loss_every == 0:
-                report.val(trainer.step, validate(trainer.average))
-            if cfg.checkpoint_every and trainer.step % cfg.checkpoint_every == 0:
+            if due(cfg.train_log_every) or (cfg.train_log_every and trainer.step <= 5):
+                report.event(event, TRAIN_LINE)
+            if due(cfg.val_loss_every) and not trainer.finished():
+                validation.during_training(trainer)
+            if due(cfg.checkpoint_every):
                 trainer.save()
     except KeyboardInterrupt:
-        path = trainer.save()
-        raise RunFailed(
-            f"stopped at step {trainer.step}; its state is in {path}. Go on with "
-            f"RESUME=1 RUN_ID={report.folder.name}"
-        ) from None
+        go_on = f"RESUME=1 RUN_ID={report.folder.name}"
+        raise RunFailed(f"stopped; {trainer.save()} holds step {trainer.step}: {go_on}") from None
 
 
 # ==================================================================================================
@@ -1757,20 +1683,17 @@ def quantise_rows(w: mx.array, bits: int, search: bool) -> tuple[mx.array, mx.ar
     """
     limit = 2 ** (bits - 1) - 1
     top = mx.max(mx.abs(w), axis=1, keepdims=True) / limit
-    best = None
-    for ratio in CLIP_RATIOS if search else (1.0,):
+
+    def codes_at(ratio: mx.array) -> tuple[mx.array, mx.array]:
         scale = (top * ratio).astype(mx.bfloat16).astype(mx.float32)
-        codes = mx.clip(mx.round(w / mx.where(scale > 0, scale, 1.0)), -limit, limit)
+        return mx.clip(mx.round(w / mx.where(scale > 0, scale, 1.0)), -limit, limit), scale
+
+    best, least = mx.ones(top.shape), mx.full(top.shape, math.inf)
+    for ratio in CLIP_RATIOS if search else ():
+        codes, scale = codes_at(mx.array(ratio))
         error = mx.sum((codes * scale - w) ** 2, axis=1, keepdims=True)
-        if best is None:
-            best = error, codes, scale
-        else:
-            take = error < best[0]
-            best = tuple(
-                mx.where(take, new, old)
-                for new, old in zip((error, codes, scale), best, strict=True)
-            )
-    return best[1], best[2]
+        best, least = mx.where(error < least, ratio, best), mx.minimum(error, least)
+    return codes_at(best)
 
 
 def fake_quantise(params: Arrays, groups: dict[str, Group], cfg: Knobs) -> Arrays:
@@ -1791,14 +1714,12 @@ def compressors() -> list[tuple[str, Callable[[bytes], bytes], Callable[[bytes],
     import brotli
     import zstandard
 
+    zstd, unzstd = zstandard.ZstdCompressor(level=22), zstandard.ZstdDecompressor()
+    xz = functools.partial(lzma.compress, preset=9 | lzma.PRESET_EXTREME)
     return [
-        ("brotli", lambda b: brotli.compress(b, quality=11, lgwin=24), brotli.decompress),
-        (
-            "zstd",
-            zstandard.ZstdCompressor(level=22).compress,
-            lambda b: zstandard.ZstdDecompressor().decompress(b),
-        ),
-        ("lzma", lambda b: lzma.compress(b, preset=9 | lzma.PRESET_EXTREME), lzma.decompress),
+        ("brotli", functools.partial(brotli.compress, quality=11, lgwin=24), brotli.decompress),
+        ("zstd", zstd.compress, unzstd.decompress),
+        ("lzma", xz, lzma.decompress),
     ]
 
 
@@ -1836,51 +1757,38 @@ def unpack_tensors(rows: list, raw: bytes) -> Arrays:
     return out
 
 
+LOCAL_KNOBS = ("run_id", "out_dir", "eval_only", "data_path", "tokenizer_path", "resume", "blas")
+
+
 def write_artifact(
     path: Path, params: Arrays, groups: dict[str, Group], cfg: Knobs, tokens: Tokens
 ) -> dict[str, Any]:
     """Write the compressed model with all that scoring needs; returns the export event."""
     rows, blobs = pack_tensors(params, groups, cfg)
-    paths = {"run_id", "out_dir", "eval_only", "data_path", "tokenizer_path", "resume", "blas"}
-    header = {
-        "knobs": {k: v for k, v in dataclasses.asdict(cfg).items() if k not in paths},
-        "tokenizer": {
-            "sha256": tokens.sha256,
-            "bos": tokens.bos,
-            "vocab": tokens.vocab,
-            "dummy_prefix": tokens.dummy_prefix,
-        },
-        "tensors": rows,
-    }
-    table = (
-        tokens.piece_bytes.astype("<u2").tobytes()
-        + (tokens.leading + 2 * tokens.control).astype(np.uint8).tobytes()
-    )
-    text = json.dumps(header, separators=(",", ":")).encode()
-    raw = struct.pack("<I", len(text)) + text + table + b"".join(blobs)
+    knobs = {k: v for k, v in dataclasses.asdict(cfg).items() if k not in LOCAL_KNOBS}
+    facts = {k: getattr(tokens, k) for k in ("sha256", "bos", "vocab", "dummy_prefix")}
+    header = json.dumps({"knobs": knobs, "tokenizer": facts, "tensors": rows}).encode()
+    flags = (tokens.leading + 2 * tokens.control).astype(np.uint8).tobytes()
+    table = tokens.piece_bytes.astype("<u2").tobytes() + flags
+    raw = struct.pack("<I", len(header)) + header + table + b"".join(blobs)
     packed = [compress(raw) for _, compress, _ in compressors()]
     best = min(range(len(packed)), key=lambda i: len(packed[i]))
-    body = packed[best]
+    digest = hashlib.sha256(packed[best]).digest()
     part = path.with_suffix(".part")
-    part.write_bytes(PREFIX.pack(MAGIC, FORMAT_VERSION, best, hashlib.sha256(body).digest()) + body)
+    part.write_bytes(PREFIX.pack(MAGIC, FORMAT_VERSION, best, digest) + packed[best])
     part.replace(path)
-    sizes = {name: len(blob) for (name, _, _), blob in zip(rows, blobs, strict=True)}
+    sizes = {row[0]: len(blob) for row, blob in zip(rows, blobs, strict=True)}
     return export_event(path, compressors()[best][0], sizes)
 
 
 def export_event(path: Path, compressor: str, sizes: dict[str, int]) -> dict[str, Any]:
-    """Sizes of the artifact on disk. Raises RunFailed over the limit, naming the largest tensors."""
+    """Sizes on disk, in bytes. Raises RunFailed over the limit, naming the largest tensors."""
     code, model = Path(__file__).stat().st_size, path.stat().st_size
-    event = {
-        "event": "export",
-        "code_bytes": code,
-        "model_bytes": model,
-        "total_bytes": code + model,
-        "limit_bytes": ARTIFACT_LIMIT_BYTES,
-        "compressor": compressor,
-    }
     check_size(code + model, sizes, "the artifact")
-    return event
+    return {
+        "event": "export", "code_bytes": code, "model_bytes": model, "total_bytes": code + model,
+        "limit_bytes": ARTIFACT_LIMIT_BYTES, "compressor": compressor,
+    }  # fmt: skip
 
 
 def check_size(total: int, sizes: dict[str, float], what: str) -> None:
@@ -1897,12 +1805,12 @@ def check_size(total: int, sizes: dict[str, float], what: str) -> None:
 
 def estimate_bytes(params: Arrays, groups: dict[str, Group], cfg: Knobs) -> int:
     """Bytes of script + artifact if every tensor were Gaussian noise; RunFailed over the limit."""
-    sizes = {}
-    for name, p in params.items():
+
+    def size(name: str, p: mx.array) -> float:
         bits = groups[name].bits
-        sizes[name] = (
-            p.size * NOISE_BYTES[getattr(cfg, bits)] + 2 * p.shape[0] if bits else 4 * p.size
-        )
+        return p.size * NOISE_BYTES[getattr(cfg, bits)] + 2 * p.shape[0] if bits else 4 * p.size
+
+    sizes = {name: size(name, p) for name, p in params.items()}
     total = int(sum(sizes.values())) + Path(__file__).stat().st_size
     check_size(total, sizes, "by estimate, the artifact")
     return total
@@ -1927,14 +1835,8 @@ def read_artifact(path: Path) -> tuple[dict[str, Any], Tokens, Arrays]:
     facts, at = header["tokenizer"], 4 + length
     sizes = np.frombuffer(raw, "<u2", facts["vocab"], at)
     flags = np.frombuffer(raw, np.uint8, facts["vocab"], at + 2 * facts["vocab"])
-    tokens = Tokens(
-        sizes,
-        (flags & 1) > 0,
-        (flags & 2) > 0,
-        facts["bos"],
-        facts["dummy_prefix"],
-        facts["sha256"],
-    )
+    dummy, sha = facts["dummy_prefix"], facts["sha256"]
+    tokens = Tokens(sizes, (flags & 1) > 0, (flags & 2) > 0, facts["bos"], dummy, sha)
     return header, tokens, unpack_tensors(header["tensors"], raw[at + 3 * facts["vocab"] :])
 
 
@@ -1960,9 +1862,10 @@ def net_stream(
     """The net's log-distributions of the text's targets, in text order.
 
     text (n,) int32; shape: tokens a window, stride, windows a batch. Yields (first target, (m, V)
-    float32 NumPy nats); the parts cover targets 0 .. n-2 once. Context models take their place here: a stage that consumes this stream.
-    Every batch has the same shape (the text's end is padded on the right, where a causal net
-    does not look), and only scored positions reach the vocabulary head.
+    float32 NumPy nats); the parts cover targets 0 .. n-2 once. A context model takes its place as a
+    stage that consumes this stream and yields its own. Every batch has the same shape (the text's
+    end is padded on the right, where a causal net does not look), and only scored positions reach
+    the vocabulary head.
     """
     seq_len, stride, batch = shape
     model.update(tree_unflatten(list(params.items())))
@@ -1971,6 +1874,7 @@ def net_stream(
     every = list(windows(len(text) - 1, seq_len, stride))
     groups = [every[:1]] if stride < seq_len else []
     rest = every[len(groups) :]
+    batch = min(batch, max(len(rest), 1))
     groups += [rest[i : i + batch] for i in range(0, len(rest), batch)]
     for index, group in enumerate(groups):
         last = seq_len if index == 0 and stride < seq_len else stride
@@ -1988,11 +1892,11 @@ def bits_per_byte(nats: float, byte_count: int) -> float:
     return nats / math.log(2) / byte_count
 
 
+Progress = Callable[[int, int, float], None]  # tokens done, tokens in all, BPB so far
+
+
 def score(
-    stream: Iterator[tuple[int, Any]],
-    text: Any,
-    tokens: Tokens,
-    progress: Callable[[int, int, float], None],
+    stream: Iterator[tuple[int, Any]], text: Any, tokens: Tokens, progress: Progress
 ) -> dict[str, Any]:
     """Consume a stream of log-distributions; returns loss (nats/token), BPB and the counts.
 
@@ -2010,12 +1914,8 @@ def score(
         progress(done, len(text) - 1, bits_per_byte(nats, max(byte_count, 1)))
     if done != len(text) - 1 or byte_count != total_bytes or byte_count == 0:
         raise AssertionError(f"scored {done} of {len(text) - 1} targets, {byte_count} bytes")
-    return {
-        "val_loss": nats / done,
-        "val_bpb": bits_per_byte(nats, byte_count),
-        "val_tokens": done,
-        "val_bytes": byte_count,
-    }
+    bpb = bits_per_byte(nats, byte_count)
+    return {"val_loss": nats / done, "val_bpb": bpb, "val_tokens": done, "val_bytes": byte_count}
 
 
 # ==================================================================================================
@@ -2028,13 +1928,10 @@ class Report:
 
     def __init__(self, cfg: Knobs) -> None:
         name = cfg.run_id or time.strftime("%Y%m%d-%H%M%S") + f"-{cfg.seed}-{os.getpid()}"
-        self.folder = Path(cfg.out_dir) / name
-        self.cfg = cfg
+        self.folder, self.iterations = Path(cfg.out_dir) / name, cfg.iterations
         if self.folder.exists() and not cfg.resume:
-            raise UserError(
-                f"RUN_ID={name}: {self.folder} exists and is never overwritten: choose "
-                "another RUN_ID, or go on with RESUME=1"
-            )
+            raise UserError(f"RUN_ID={name}: {self.folder} exists and is never overwritten: "
+                            "choose another RUN_ID, or go on with RESUME=1")  # fmt: skip
         try:
             self.folder.mkdir(parents=True, exist_ok=cfg.resume)
         except OSError as error:
@@ -2049,72 +1946,68 @@ class Report:
         with open(self.folder / "train.log", "a") as log:
             log.write(text + "\n")
 
-    def event(self, event: dict[str, Any], text: str = "") -> None:
-        """A JSON object in metrics.jsonl, and its line."""
+    def event(self, event: dict[str, Any], *lines: str) -> None:
+        """A JSON object in metrics.jsonl, and its lines with the event's values filled in."""
         with open(self.folder / "metrics.jsonl", "a") as log:
             log.write(json.dumps(event) + "\n")
-        if text:
-            self.line(text)
+        for text in lines:
+            self.line(text.format(**event, n=self.iterations, part=part_of_text(event)))
 
-    def train(self, e: dict[str, Any]) -> None:
-        """A training step."""
-        self.event(
-            e,
-            f"step:{e['step']}/{self.cfg.iterations} train_loss:{e['train_loss']:.4f} "
-            f"train_time:{e['train_time_ms']:.0f}ms step_avg:{e['step_avg_ms']:.2f}ms "
-            f"tok_s:{e['tok_s']:.0f}",
-        )
-
-    def val(self, step: int, e: dict[str, Any]) -> None:
-        """A validation of the net alone, at stride = window."""
-        self.event(
-            {"event": "val", "step": step, **e},
-            f"step:{step}/{self.cfg.iterations} val_loss:{e['val_loss']:.4f} "
-            f"val_bpb:{e['val_bpb']:.4f}" + part_of_text(e),
-        )
-
-    def roundtrip(self, e: dict[str, Any], mode: str) -> None:
-        """The score of the reloaded artifact."""
-        self.event({"event": "eval", "mode": mode, **e})
-        note = part_of_text(e) + f" [{mode}]"
-        self.line(
-            f"final_int6_zstd_roundtrip val_loss:{e['val_loss']:.4f} "
-            f"val_bpb:{e['val_bpb']:.4f} eval_time:{1000 * e['eval_seconds']:.0f}ms{note}"
-        )
-        self.line(
-            f"final_int6_zstd_roundtrip_exact val_loss:{e['val_loss']:.8f} "
-            f"val_bpb:{e['val_bpb']:.8f}{note}"
-        )
-
-    def progress(self, label: str, every_s: float = 10.0) -> Callable[[int, int, float], None]:
+    def progress(self, label: str, every_s: float = 10.0) -> Progress:
         """Shows a running BPB: a bar on terminals, a line every few seconds elsewhere."""
-        begin, shown, bar = time.perf_counter(), time.perf_counter(), None
-        if sys.stderr.isatty():
-            from tqdm import tqdm
+        from tqdm import tqdm
 
-            bar = tqdm(desc=label, unit="tok", unit_scale=True, leave=False)
+        begin = last = time.perf_counter()
+        bar = tqdm(desc=label, unit="tok", unit_scale=True, leave=False, disable=None)
 
         def show(done: int, total: int, bpb: float) -> None:
-            nonlocal shown
-            if bar is not None:
-                bar.total = total
-                bar.set_postfix_str(f"bpb {bpb:.4f}", refresh=False)
-                bar.update(done - bar.n)
-                if done == total:
-                    bar.close()
-            elif time.perf_counter() - shown > every_s:
-                shown = time.perf_counter()
-                left = (shown - begin) * (total - done) / done
+            nonlocal last
+            bar.total = total
+            bar.set_postfix_str(f"bpb {bpb:.4f}", refresh=False)
+            bar.update(done - bar.n)
+            now = time.perf_counter()
+            if bar.disable and (now - last > every_s or (last == begin and now - begin > 1)):
+                last, left = now, (now - begin) * (total - done) / done
                 print(
                     f"{label}: {done}/{total} tokens, bpb {bpb:.4f}, {left:.0f} s left", flush=True
                 )
+            if done == total:
+                bar.close()
 
         return show
 
 
-def part_of_text(e: dict[str, Any]) -> str:
+TRAIN_LINE = (
+    "step:{step}/{n} train_loss:{train_loss:.4f} train_time:{train_time_ms:.0f}ms "
+    "step_avg:{step_avg_ms:.2f}ms tok_s:{tok_s:.0f}"
+)
+VAL_LINE = "step:{step}/{n} val_loss:{val_loss:.4f} val_bpb:{val_bpb:.4f}{part}"
+EXPORT_LINE = (
+    "serialized_int6_zstd:{model_bytes} bytes ({compressor}; code:{code_bytes} "
+    "total:{total_bytes} limit:{limit_bytes})"
+)
+ROUNDTRIP_LINES = (
+    "final_int6_zstd_roundtrip val_loss:{val_loss:.4f} val_bpb:{val_bpb:.4f} "
+    "eval_time:{eval_time_ms:.0f}ms{part} [{mode}]",
+    "final_int6_zstd_roundtrip_exact val_loss:{val_loss:.8f} val_bpb:{val_bpb:.8f}{part} [{mode}]",
+)
+CONFIG_LINES = (
+    "machine: {device}, MLX {mlx_version}, {compute_dtype}, {workers_used} worker(s), "
+    "{gflops:.0f} GFLOP/s; BLAS: {blas_used}",
+    "preset {preset}: {num_layers} layers x {model_dim}, {num_heads} heads, {num_kv_heads} KV "
+    "heads, MLP {mlp_mult}x, seq {train_seq_len}, {train_batch_tokens} tokens a step",
+)
+FINAL_LINE = (
+    "val_bpb {val_bpb:.4f} on {val_tokens:,} tokens, {val_bytes:,} bytes{part}; {total_bytes:,} "
+    "bytes of script and artifact; trained on {train_tokens:,} tokens in {train_seconds:.0f} s; "
+    "evaluated in {eval_seconds:.0f} s"
+)
+
+
+def part_of_text(event: dict[str, Any]) -> str:
     """A label for scores of less than the whole validation split."""
-    return "" if e["whole"] else f" (PART of the text: {e['val_tokens']} tokens)"
+    whole = event.get("val_whole", True)
+    return "" if whole else f" (PART of the text: {event['val_tokens']} tokens)"
 
 
 # ==================================================================================================
@@ -2129,32 +2022,35 @@ class Validation:
     cfg: Knobs
     model: GPT
     tokens: Tokens
-    text: Any
-    whole: bool
-    workers: Workers
+    paths: list[Path]
     report: Report
+    workers: Workers
 
-    def run(self, params: Arrays, mode: str, batch: int = 0) -> dict[str, Any]:
-        """Score in 'standard' (stride = window) or 'sliding' mode; see `score`."""
+    def __post_init__(self) -> None:
+        limit = self.cfg.val_max_tokens
+        self.text, self.whole = load_validation(self.paths, self.tokens, limit)
+
+    def run(self, params: Arrays, mode: str, batch: int) -> dict[str, Any]:
+        """Score in 'standard' (stride = window) or 'sliding' mode, `batch` windows at once."""
         begin, length = time.perf_counter(), eval_length(self.cfg)
         stride = length if mode == "standard" else self.cfg.eval_stride
-        shape = length, stride, batch or self.cfg.eval_batch_seqs
-        stream = net_stream(self.model, params, self.text, shape, self.workers)
+        stream = net_stream(self.model, params, self.text, (length, stride, batch), self.workers)
         result = score(stream, self.text, self.tokens, self.report.progress(f"eval {mode}"))
-        return {**result, "whole": self.whole, "eval_seconds": time.perf_counter() - begin}
+        seconds = time.perf_counter() - begin
+        return {"mode": mode, **result, "val_whole": self.whole, "eval_time_ms": 1000 * seconds}
 
-    def periodic(self, params: Arrays) -> dict[str, Any]:
-        """The net alone at stride = window, in batches of VAL_BATCH_SIZE tokens."""
-        return self.run(
-            params, "standard", max(self.cfg.val_batch_size // eval_length(self.cfg), 1)
-        )
+    def during_training(self, trainer: Trainer) -> None:
+        """Score and log the averaged weights, at stride = window."""
+        batch = max(self.cfg.val_batch_size // eval_length(self.cfg), 1)
+        result = self.run(trainer.average, "standard", batch)
+        self.report.event({"event": "val", "step": trainer.step, **result}, VAL_LINE)
 
 
 def gigaflops(workers: Workers) -> float:
     """GFLOP/s of a 768-cube float32 matrix product in each worker at once."""
     a = mx.random.normal((768, 768))
-    mx.eval(a)
     for _ in range(2):  # the first touches memory
+        mx.eval(a)
         begin = time.perf_counter()
         mx.eval(workers.map(mx.matmul, [(a, a)] * workers.count))
     return workers.count * 2 * 768**3 / (time.perf_counter() - begin) / 1e9
@@ -2162,15 +2058,29 @@ def gigaflops(workers: Workers) -> float:
 
 def describe_machine(cfg: Knobs, workers: Workers) -> dict[str, Any]:
     """Facts of the machine for the config event."""
-    device = "cpu" if on_cpu() else "gpu"
+    kind = "cpu" if on_cpu() else "gpu"
     return {
-        "device": f"{platform.system()} {platform.machine()} {device}",
-        "mlx_version": mx.__version__,
-        "compute_dtype": compute_dtype(cfg),
-        "blas": BLAS_NAME if on_cpu() else "",
-        "workers": workers.count,
-        "gflops": gigaflops(workers),
-    }
+        "device": f"{platform.system()} {platform.machine()} {kind}", "mlx_version": mx.__version__,
+        "compute_dtype": compute_dtype(cfg), "blas_used": BLAS_NAME if on_cpu() else "not used",
+        "workers_used": workers.count, "gflops": gigaflops(workers),
+    }  # fmt: skip
+
+
+def describe_training(trainer: Trainer, validation: Validation) -> Iterator[str]:
+    """Lines: parameters by group, the data, the artifact's size by estimate."""
+    cfg, data = trainer.cfg, trainer.data
+    yield f"parameters: {sum(p.size for p in trainer.params.values()):,}"
+    for group in GROUPS:
+        sizes = [p.size for n, p in trainer.params.items() if trainer.groups[n] is group]
+        bits = f"{getattr(cfg, group.bits)} bits" if group.bits else "float32"
+        if sizes:
+            yield (f"  {group.name}: {len(sizes)} tensors, {sum(sizes):,} parameters, "
+                   f"{group.optimizer}, lr {getattr(cfg, group.lr)}, stored in {bits}")  # fmt: skip
+    size = estimate_bytes(trainer.params, trainer.groups, cfg)
+    yield f"train: {data.tokens:,} tokens in {len(data.shards)} shard(s)"
+    part = "" if validation.whole else " (PART of the text)"
+    yield f"validation: {len(validation.text):,} tokens in {len(validation.paths)} shard(s){part}"
+    yield f"script and artifact: about {size:,} of {ARTIFACT_LIMIT_BYTES:,} bytes, by estimate"
 
 
 def peak_memory() -> int:
@@ -2183,180 +2093,83 @@ def peak_memory() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def final_event(
-    cfg: Knobs,
-    scores: dict[str, dict[str, Any]],
-    export: dict[str, Any],
-    trainer: Trainer | None,
-    machine: dict[str, Any],
+def train_and_export(
+    cfg: Knobs, folder: Path, tokenizer: Path, report: Report, workers: Workers
 ) -> dict[str, Any]:
-    """The `final` record: the headline is the last mode scored."""
-    best = list(scores.values())[-1]
-    steps = trainer.step if trainer else 0
-    seconds = trainer.elapsed_s if trainer else 0.0
-    tokens = steps * (trainer.windows if trainer else 0) * cfg.train_seq_len
-    return {
-        "event": "final",
-        "val_bpb": best["val_bpb"],
-        "val_loss": best["val_loss"],
-        "val_bpb_net": best["val_bpb"],
-        "val_tokens": best["val_tokens"],
-        "val_bytes": best["val_bytes"],
-        "whole": best["whole"],
-        **{k: export[k] for k in ("code_bytes", "model_bytes", "total_bytes")},
-        "train_steps": steps,
-        "train_tokens": tokens,
-        "train_seconds": seconds,
-        "tok_s": tokens / seconds if seconds else 0.0,
-        "eval_seconds": best["eval_seconds"],
-        "peak_memory_bytes": peak_memory(),
-        "device": machine["device"],
-        "mlx_version": mx.__version__,
-        "audit": "off",
-    }
+    """Train, keep the raw weights, write the artifact; returns its sizes and what was trained."""
+    tokens = load_tokenizer(tokenizer)
+    if cfg.vocab_size not in (0, tokens.vocab):
+        raise UserError(f"VOCAB_SIZE={cfg.vocab_size}, but {tokenizer} has {tokens.vocab} pieces: "
+                        "unset VOCAB_SIZE or choose the other tokenizer")  # fmt: skip
+    data = TrainWindows(find_shards(folder, "train"), cfg.train_seq_len, cfg.seed, tokens.vocab)
+    model = GPT(cfg, tokens.vocab, tokens.bos)
+    paths = find_shards(folder, "val")
+    validation = Validation(cfg, model, tokens, paths, report, workers)
+    trainer = Trainer(model, cfg, data, report, workers)
+    for line in describe_training(trainer, validation):
+        report.line(line)
+    if cfg.resume:
+        trainer.load()
+    trainer.warm_up()
+    train(trainer, validation)
+    validation.during_training(trainer)
+    meta = {"knobs": json.dumps(dataclasses.asdict(cfg)), "tokenizer_sha256": tokens.sha256}
+    mx.save_safetensors(str(report.folder / "model.safetensors"), trainer.average, meta)
+    path = report.folder / "artifact.bin"
+    export = write_artifact(path, trainer.average, trainer.groups, cfg, tokens)
+    report.event({**export, "tokenizer_bytes": tokenizer.stat().st_size}, EXPORT_LINE)
+    trained = trainer.step * trainer.windows * cfg.train_seq_len
+    return {**export, "train_steps": trainer.step, "train_tokens": trained,
+            "train_seconds": trainer.elapsed_s}  # fmt: skip
 
 
 def score_artifact(
-    path: Path, cfg: Knobs, validation_of: Callable[..., Validation], report: Report
-) -> dict[str, dict[str, Any]]:
-    """Reload an artifact from disk and score it in every mode asked for."""
+    path: Path, cfg: Knobs, folder: Path, report: Report, workers: Workers
+) -> dict[str, Any]:
+    """Reload an artifact from disk, score it in every mode asked for; returns the last score."""
     header, tokens, params = read_artifact(path)
-    shape = Knobs(**header["knobs"])
-    model = GPT(
-        dataclasses.replace(shape, compute_dtype=cfg.compute_dtype), tokens.vocab, tokens.bos
-    )
-    want = {n: a.shape for n, a in tree_flatten(model.parameters())}
-    if {n: a.shape for n, a in params.items()} != want:
-        raise UserError(f"{path}: its tensors do not fit its settings")
-    validation = validation_of(model, tokens)
-    modes = ("standard", "sliding") if cfg.eval_mode == "both" else (cfg.eval_mode,)
-    scores = {}
-    for mode in modes:
-        scores[mode] = validation.run(params, mode)
-        report.roundtrip(scores[mode], mode)
-    return scores
+    shape = dataclasses.replace(Knobs(**header["knobs"]), compute_dtype=cfg.compute_dtype)
+    model = GPT(shape, tokens.vocab, tokens.bos)
+    if {n: a.shape for n, a in tree_flatten(model.parameters())} != {
+        n: a.shape for n, a in params.items()
+    }:
+        raise UserError(f"{path}: its tensors do not fit its settings: made by another version?")
+    validation = Validation(cfg, model, tokens, find_shards(folder, "val"), report, workers)
+    for mode in ("standard", "sliding") if cfg.eval_mode == "both" else (cfg.eval_mode,):
+        result = validation.run(params, mode, cfg.eval_batch_seqs)
+        report.event({"event": "eval", **result}, *ROUNDTRIP_LINES)
+    return result
 
 
 def main(cfg: Knobs, warnings: list[str]) -> None:
     """Train, export, reload, score; or with EVAL_ONLY the last two."""
     if cfg.device != "auto":
         mx.set_default_device(mx.cpu if cfg.device == "cpu" else mx.gpu)
-    header = read_artifact(Path(cfg.eval_only))[0] if cfg.eval_only else None
-    if header:
-        cfg = knobs_from_env(dict(os.environ), base=header["knobs"])[0]
-    with make_workers(cfg) as workers:
-        run(cfg, warnings, header, workers)
-
-
-def run(cfg: Knobs, warnings: list[str], header: Any, workers: Workers) -> None:
-    """The chain, with the workers up."""
+    artifact = Path(cfg.eval_only)
+    if cfg.eval_only:
+        cfg, warnings = knobs_from_env(dict(os.environ), base=read_artifact(artifact)[0]["knobs"])
     folder, tokenizer, where = locate_data(cfg)
     report = Report(cfg)
-    machine = describe_machine(cfg, workers)
-    for text in [f"warning: {w}" for w in warnings] + [where]:
-        report.line(text)
-    report.event({"event": "config", **dataclasses.asdict(cfg), **machine}, summary(cfg, machine))
-
-    def validation_of(model: GPT, tokens: Tokens) -> Validation:
-        text, whole = load_validation(find_shards(folder, "val"), tokens, cfg.val_max_tokens)
-        return Validation(cfg, model, tokens, text, whole, workers, report)
-
-    trainer, artifact = None, Path(cfg.eval_only)
-    if header:
-        export = export_event(artifact, "", {})
-    else:
-        trainer, export = train_and_export(cfg, folder, tokenizer, validation_of, report)
-        artifact = report.folder / "artifact.bin"
-    scores = score_artifact(artifact, cfg, validation_of, report)
-    final = final_event(cfg, scores, export, trainer, machine)
-    report.event(final, final_lines(final, report.folder))
-
-
-def train_and_export(
-    cfg: Knobs,
-    folder: Path,
-    tokenizer: Path,
-    validation_of: Callable[..., Validation],
-    report: Report,
-) -> tuple[Trainer, dict[str, Any]]:
-    """Train, keep the raw weights, write the artifact; returns (trainer, export event)."""
-    tokens = load_tokenizer(tokenizer)
-    if cfg.vocab_size not in (0, tokens.vocab):
-        raise UserError(
-            f"VOCAB_SIZE={cfg.vocab_size}, but {tokenizer} has {tokens.vocab} pieces: "
-            "unset VOCAB_SIZE or choose the other tokenizer"
-        )
-    data = TrainWindows(find_shards(folder, "train"), cfg.train_seq_len, cfg.seed, tokens.vocab)
-    model = GPT(cfg, tokens.vocab, tokens.bos)
-    validation = validation_of(model, tokens)
-    trainer = Trainer(model, cfg, data, report, validation.workers)
-    report.line(describe_training(trainer, validation))
-    if cfg.resume:
-        trainer.load()
-    trainer.warm_up()
-    train(trainer, validation.periodic)
-    report.val(trainer.step, validation.periodic(trainer.average))
-    meta = {"knobs": json.dumps(dataclasses.asdict(cfg)), "tokenizer_sha256": tokens.sha256}
-    mx.save_safetensors(str(report.folder / "model.safetensors"), trainer.average, meta)
-    export = write_artifact(
-        report.folder / "artifact.bin", trainer.average, trainer.groups, cfg, tokens
-    )
-    report.event(
-        export,
-        f"serialized_int6_zstd:{export['model_bytes']} bytes "
-        f"({export['compressor']}; code:{export['code_bytes']} "
-        f"total:{export['total_bytes']} limit:{ARTIFACT_LIMIT_BYTES})",
-    )
-    return trainer, export
-
-
-def summary(cfg: Knobs, machine: dict[str, Any]) -> str:
-    """The run's first lines: machine and model."""
-    blas = f", BLAS {machine['blas']}" if machine["blas"] else ""
-    return (
-        f"machine: {machine['device']}, MLX {machine['mlx_version']}{blas}, "
-        f"{machine['gflops']:.0f} GFLOP/s with {machine['workers']} worker(s), "
-        f"{machine['compute_dtype']}\n"
-        f"preset: {cfg.preset}; {cfg.num_layers} layers x {cfg.model_dim}, {cfg.num_heads} heads, "
-        f"{cfg.num_kv_heads} KV heads, MLP {cfg.mlp_mult}x, seq {cfg.train_seq_len}, "
-        f"{cfg.train_batch_tokens} tokens a step"
-    )
-
-
-def describe_training(trainer: Trainer, validation: Validation) -> str:
-    """Parameters by group, the data, and the artifact's size by estimate."""
-    cfg, lines = trainer.cfg, []
-    for group in GROUPS:
-        sizes = [p.size for n, p in trainer.params.items() if trainer.groups[n] is group]
-        if sizes:
-            bits = f"{getattr(cfg, group.bits)} bits" if group.bits else "float32"
-            lines.append(
-                f"  {group.name}: {len(sizes)} tensors, {sum(sizes):,} parameters, "
-                f"{group.optimizer}, lr {getattr(cfg, group.lr)}, stored in {bits}"
-            )
-    total = sum(p.size for p in trainer.params.values())
-    size = estimate_bytes(trainer.params, trainer.groups, cfg)
-    part = "" if validation.whole else " (a PART of the split)"
-    return "\n".join(
-        [
-            f"parameters: {total:,}",
-            *lines,
-            f"train: {trainer.data.tokens:,} tokens in {len(trainer.data.shards)} shard(s); "
-            f"validation: {len(validation.text):,} tokens{part}",
-            f"artifact: about {size:,} of {ARTIFACT_LIMIT_BYTES:,} bytes at most, script included",
-        ]
-    )
-
-
-def final_lines(final: dict[str, Any], folder: Path) -> str:
-    """The last lines of a run."""
-    return (
-        f"val_bpb {final['val_bpb']:.4f} on {final['val_tokens']:,} tokens, "
-        f"{final['val_bytes']:,} bytes{part_of_text(final)}; "
-        f"{final['total_bytes']:,} bytes in all; trained {final['train_tokens']:,} tokens in "
-        f"{final['train_seconds']:.0f} s; evaluated in {final['eval_seconds']:.0f} s\n"
-        f"everything is in {folder}"
-    )
+    with make_workers(cfg) as workers:
+        machine = describe_machine(cfg, workers)
+        for line in [*(f"warning: {w}" for w in warnings), where]:
+            report.line(line)
+        report.event({"event": "config", **dataclasses.asdict(cfg), **machine}, *CONFIG_LINES)
+        if cfg.eval_only:
+            made = {**export_event(artifact, "", {}), "train_steps": 0, "train_tokens": 0,
+                    "train_seconds": 0.0}  # fmt: skip
+        else:
+            made = train_and_export(cfg, folder, tokenizer, report, workers)
+            artifact = report.folder / "artifact.bin"
+        result = score_artifact(artifact, cfg, folder, report, workers)
+    final = {
+        **made, **result, "event": "final", "val_bpb_net": result["val_bpb"],
+        "eval_seconds": result["eval_time_ms"] / 1000, "peak_memory_bytes": peak_memory(),
+        "tok_s": made["train_tokens"] / max(made["train_seconds"], 1e-9),
+        "device": machine["device"], "mlx_version": mx.__version__, "audit": "off",
+    }  # fmt: skip
+    report.event(final, FINAL_LINE)
+    report.line(f"everything is in {report.folder}")
 
 
 if __name__ == "__main__":

@@ -297,12 +297,8 @@ def batches(documents: Iterable[str]) -> Iterator[list[str]]:
 
 
 def tokenizer_facts(source: str, name: str, model: bytes, sp) -> dict:
-    facts = {
-        "source": source,
-        "tokenizer": name,
-        "tokenizer_sha256": hashlib.sha256(model).hexdigest(),
-    }
-    return facts | {"vocab_size": sp.vocab_size(), "bos_id": sp.bos_id()}
+    facts = {"source": source, "vocab_size": sp.vocab_size(), "bos_id": sp.bos_id()}
+    return facts | {"tokenizer": name, "tokenizer_sha256": hashlib.sha256(model).hexdigest()}
 
 
 def write_manifest(folder: Path, manifest: dict) -> None:
@@ -326,28 +322,19 @@ def stdlib_is_val(package: str) -> bool:
     return sha256_key((SPLIT_SALT + package).encode()) < 2**64 // 20
 
 
-def stdlib_modules(root: Path) -> dict[str, Path]:
-    """{path relative to `root`: path} of the library's own modules.
+def stdlib_modules(root: Path) -> Iterator[tuple[str, Path]]:
+    """(path relative to `root`, path) of the library's own modules.
 
     Not other people's packages, tests, tables of code points, nor what a build generates for its
     machine (`_sysconfigdata*`, `config-*`). pydoc_data is read as topics instead.
     """
-    skip = {
-        "site-packages",
-        "dist-packages",
-        "test",
-        "tests",
-        "idle_test",
-        "encodings",
-        "pydoc_data",
-    }
-    modules = {}
-    for path in root.rglob("*.py"):
-        name = path.relative_to(root)
-        generated = name.parts[0].startswith(("config-", "_sysconfigdata"))
-        if not generated and skip.isdisjoint(name.parts[:-1]):
-            modules[name.as_posix()] = path
-    return modules
+    skip = {"site-packages", "dist-packages", "encodings", "pydoc_data"}
+    skip |= {"test", "tests", "idle_test"}
+    for folder, folders, files in os.walk(root):
+        folders[:] = [name for name in folders if name not in skip and "config-" not in name]
+        for path in (Path(folder, name) for name in files if name.endswith(".py")):
+            if not path.name.startswith("_sysconfigdata"):
+                yield path.relative_to(root).as_posix(), path
 
 
 def stdlib_topics(root: Path) -> dict[str, str]:
@@ -362,21 +349,16 @@ def stdlib_documents(root: Path) -> tuple[list[str], list[str], dict[str, int]]:
 
     That order mixes code and prose. Copies are left out: none may be on both sides.
     """
-    found = [
-        (name, name.split("/")[0].removesuffix(".py"), path.read_bytes())
-        for name, path in stdlib_modules(root).items()
-    ]
-    topics = {
-        f"pydoc_data.topics.{key}": text.encode() for key, text in stdlib_topics(root).items()
-    }
-    found += [(name, name, raw) for name, raw in topics.items()]
+    found = [(name, name.split("/")[0], path.read_bytes()) for name, path in stdlib_modules(root)]
+    for key, text in stdlib_topics(root).items():
+        found.append((f"pydoc_data.topics.{key}", f"pydoc_data.topics.{key}", text.encode()))
     train, val, left_out, seen = [], [], Counter(), set()
     for _, package, raw in sorted(found, key=lambda item: sha256_key(item[0].encode())):
         if reason := "copy of another" if raw in seen else stdlib_unfit(raw):
             left_out[reason] += 1
         else:
             seen.add(raw)
-            (val if stdlib_is_val(package) else train).append(raw.decode())
+            (val if stdlib_is_val(package.removesuffix(".py")) else train).append(raw.decode())
     return train, val, dict(left_out)
 
 
@@ -411,9 +393,7 @@ def text_files(paths: Iterable[Path]) -> Iterator[Path]:
         if not path.exists():
             raise PrepareError(f"{path}: no such file or folder")
         inside = sorted(path.rglob("*")) if path.is_dir() else []
-        inside = [
-            file for file in inside if file.is_file() and file.suffix.lower() in TEXT_SUFFIXES
-        ]
+        inside = [file for file in inside if file.suffix.lower() in TEXT_SUFFIXES]
         inside = [file for file in inside if "/." not in f"/{file.relative_to(path).as_posix()}"]
         if path.is_dir() and not inside:
             kinds = " ".join(TEXT_SUFFIXES)
@@ -609,6 +589,19 @@ class Hub:
             reason = f"manifest.json of {self.repo} is not understood: {error!r}"
             raise PrepareError(reason) from error
 
+    def is_complete(self, train_shards: int) -> bool:
+        """Whether all is there and verified, so that the hub need not be asked."""
+        try:
+            manifest = json.loads((self.folder / "manifest.json").read_text(encoding="utf-8"))
+            digest = hashlib.sha256(self.tokenizer_path.read_bytes()).hexdigest()
+            for split, shards in (("val", manifest["val"]["shards"]), ("train", train_shards)):
+                for number in range(shards):
+                    path = self.folder / f"fineweb_{split}_{number:06d}.bin"
+                    check_shard(path, self.vocab, manifest["bos_id"])
+            return digest == manifest["tokenizer_sha256"]
+        except (OSError, ValueError, KeyError, TypeError, PrepareError):
+            return False
+
     def tokenizer(self, remote: str):
         """The tokenizer, put in its place; downloaded unless it is there already."""
         source = self.tokenizer_path if self.tokenizer_path.is_file() else self.fetch(remote)
@@ -640,6 +633,9 @@ class Hub:
 
 def prepare_fineweb(args: argparse.Namespace) -> None:
     hub = Hub(args.repo, args.out, args.vocab_size)
+    if hub.is_complete(args.train_shards):
+        say(f"{hub.folder} is there already, all verified")
+        return
     train_shards, val_shards, remote_model = hub.describe()
     if args.train_shards > train_shards:
         raise PrepareError(f"--train-shards {args.train_shards}: {args.repo} has {train_shards}")

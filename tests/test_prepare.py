@@ -59,6 +59,7 @@ def decode_split(out: Path, name: str, split: str) -> list[str]:
     sp = spm.SentencePieceProcessor(model_file=str(out / "tokenizers" / manifest["tokenizer"]))
     tokens = read_split(folder, split)
     assert len(tokens) == manifest[split]["tokens"]
+    assert not np.isin(tokens, [0, 2, 3]).any()  # padding, EOS, unknown
     starts = np.flatnonzero(tokens == BOS)
     assert len(starts) == manifest[split]["documents"]
     if len(tokens):
@@ -293,7 +294,8 @@ def test_text_folder(tmp_path):
         path = notes / f"sub{i % 3}" / f"{i}{['.txt', '.MD'][i % 2]}"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(text.encode())
-    write_jsonl(notes / "more.jsonl", more := [words(100 + i, 90) for i in range(40)])
+    jsonl = write_jsonl(notes / "more.jsonl", more := [words(100 + i, 90) for i in range(40)])
+    jsonl.write_bytes(b"\xef\xbb\xbf" + jsonl.read_bytes())  # some editors put this mark
     (notes / "image.png").write_bytes(b"\0\1")
     (notes / ".hidden").mkdir()
     (notes / ".hidden" / "x.txt").write_text("not me")
@@ -317,7 +319,8 @@ def test_a_document_keeps_its_side_when_others_come(tmp_path):
         assert run(*argv, "--val-fraction", "0.2", "--out", tmp_path) == 0
     few, many = (set(decode_split(tmp_path, f"n{count}", "val")) for count in (100, 150))
     assert few == many & set(texts[:100])
-    assert 5 < len(few) < 40
+    assert many == {text for text in texts if side(text) < 0.2}
+    assert few
 
 
 @pytest.mark.parametrize("ending", ["\n\n", "\n", " ", ""])
@@ -342,6 +345,12 @@ def test_long_documents_are_cut_at_paragraphs(tmp_path, monkeypatch):
     assert run("text", path, "--out", tmp_path, "--vocab-size", 360) == 0
     pieces = decode_split(tmp_path, "text", "train") + decode_split(tmp_path, "text", "val")
     assert max(len(piece.encode()) for piece in pieces) <= 4000
+    assert all(
+        piece.endswith(("\n\n", texts[i][-9:]))
+        for i in range(3)
+        for piece in pieces
+        if len(piece) > 2000 and piece in texts[i]
+    )
     assert sorted("".join(pieces)) == sorted("".join(texts))
 
 
@@ -366,7 +375,14 @@ def test_explicit_validation_keeps_order_and_leaves_training(tmp_path, capsys):
     assert "left out: 2 documents (training text that is also in --val)" in capsys.readouterr().out
 
 
-def nfkc_tokenizer(path: Path) -> Path:
+def test_text_is_checked_across_the_ends_of_blocks(tmp_path):
+    raw = b"x" + "é".encode() * (3 << 22)  # an é lies across the end of each block of 16 MiB
+    (tmp_path / "x.txt").write_bytes(raw)
+    with open(tmp_path / "x.txt", "rb") as source:
+        assert b"".join(prepare.text_blocks(source, Path("x.txt"))) == raw
+
+
+def nfkc_tokenizer(path: Path, bos: int = BOS) -> Path:
     """A tokenizer that turns newlines into spaces and normalises, like the published ones."""
     corpus = path.with_suffix(".txt")
     corpus.write_text("\n".join(words(i, 200).replace("\n", " ") for i in range(30)))
@@ -378,7 +394,7 @@ def nfkc_tokenizer(path: Path) -> Path:
         byte_fallback=True,
         add_dummy_prefix=False,
         pad_id=0,
-        bos_id=1,
+        bos_id=bos,
         eos_id=2,
         unk_id=3,
         minloglevel=3,
@@ -445,6 +461,7 @@ def error_case(tmp_path: Path, case: str) -> tuple[list, list[str]]:
         "no such path": ([missing], [str(missing), "no such file"]),
         "no tokenizer": ([good, "--tokenizer", missing], ["--tokenizer", str(missing)]),
         "bad tokenizer": ([good, "--tokenizer", tiny], [str(tiny), "SentencePiece"]),
+        "no BOS": ([good, "--tokenizer", nfkc_tokenizer(tmp_path / "n.model", -1)], ["no BOS"]),
         "uint16": ([good, "--vocab-size", 65536], ["--vocab-size 65536", "65535"]),
         "too large": ([good, "--vocab-size", 60000], ["--vocab-size 60000", "it reaches "]),
         "too small": ([good, "--vocab-size", 262], ["--vocab-size 262", "at least "]),
@@ -461,7 +478,7 @@ def error_case(tmp_path: Path, case: str) -> tuple[list, list[str]]:
     [
         *("bad line", "not an object", "missing key", "surrogate", "empty folder", "binary file"),
         *("not utf-8", "no such path", "no tokenizer", "bad tokenizer", "uint16", "too large"),
-        *("too small", "too little", "nothing", "name", "fraction", "all in val"),
+        *("too small", "no BOS", "too little", "nothing", "name", "fraction", "all in val"),
     ],
 )
 def test_mistakes_are_one_clear_line(tmp_path, capsys, case):
@@ -597,6 +614,8 @@ def test_fineweb_downloads_verifies_and_resumes(hub, tmp_path):
     assert model.read_bytes() == hub.files["datasets/tokenizers/fineweb_350_bpe.model"]
     assert [path.name for path in (out / "datasets").iterdir()] == [folder.name]
 
+    printed = fetch(hub, out, "--train-shards", 1)
+    assert "there already" in printed and not hub.log
     (folder / names[1]).write_bytes((folder / names[1]).read_bytes()[:-100])
     fetch(hub, out, "--train-shards", 3)
     assert sorted(hub.downloaded()) == [names[1], "fineweb_train_000002.bin", "manifest.json"]
@@ -605,12 +624,12 @@ def test_fineweb_downloads_verifies_and_resumes(hub, tmp_path):
     assert manifest["train"] == {"documents": 60, "tokens": 60_000, "shards": 3}
 
 
-def test_fineweb_continues_a_broken_download(hub, tmp_path):
+def test_fineweb_survives_a_broken_connection(hub, tmp_path):
     out, path = tmp_path / "out", "datasets/datasets/fineweb10B_sp350/fineweb_train_000000.bin"
     hub.cut[path] = 30_000
     fetch(hub, out)
     assert (out / path.removeprefix("datasets/")).read_bytes() == hub.files[path]
-    assert ("GET", path, "bytes=30000-") in hub.log
+    assert hub.downloaded().count("fineweb_train_000000.bin") == 2
 
 
 def test_fineweb_refuses_a_truncated_shard(hub, tmp_path):
@@ -619,6 +638,7 @@ def test_fineweb_refuses_a_truncated_shard(hub, tmp_path):
     hub.files[path] = whole[:-1000]
     err = fetch(hub, out, status=2)
     assert err.count("\n") == 1
+    assert not list(out.rglob("fineweb_train_000000.bin"))
     assert "its header asks for 41024" in err
     assert "removed" in err
     folder = out / "datasets" / "fineweb10B_sp350"
