@@ -2,7 +2,7 @@
 # /// script
 # requires-python = ">=3.10"
 # dependencies = [
-#   "mlx>=0.31; sys_platform == 'darwin'",
+#   "mlx>=0.31; sys_platform == 'darwin' and platform_machine == 'arm64'",
 #   "mlx[cpu]>=0.31; sys_platform == 'linux'",
 #   "scipy-openblas32>=0.3.29; sys_platform == 'linux'",
 #   "numpy>=1.26", "sentencepiece>=0.2", "brotli>=1.1", "zstandard>=0.22", "tqdm>=4.66",
@@ -79,9 +79,9 @@ class RunFailed(UserError):
     status = 1
 
 
-def knob(default: Any, help: str, lo=-math.inf, hi=math.inf, choices=(), alias="", group="") -> Any:
-    """One row of the table. `group` opens a group in `--help`; `alias` is an older public name."""
-    meta = {"help": help, "lo": lo, "hi": hi, "choices": choices, "alias": alias, "group": group}
+def knob(default: Any, help: str, lo=-math.inf, hi=math.inf, choices=(), alias="") -> Any:
+    """One row of the table; `alias` is an older public name."""
+    meta = {"help": help, "lo": lo, "hi": hi, "choices": choices, "alias": alias}
     return dataclasses.field(default=default, metadata=meta)
 
 
@@ -93,7 +93,6 @@ class Knobs:
         "auto",
         "settings for what the environment leaves unset; auto: cpu on a CPU, else mac",
         choices=("auto", "cpu", "mac", "h100", "baseline"),
-        group="Run",
     )
     run_id: str = knob("", "name of the run's folder; empty: the date, the time and the seed")
     out_dir: str = knob("logs", "folder that holds the runs' folders")
@@ -110,13 +109,11 @@ class Knobs:
     blas: str = knob("auto", "Linux CPUs: path of an OpenBLAS, `auto`, or `none` for MLX's own")
     workers: int = knob(0, "CPU streams that share a step; 0: one a core", lo=0, hi=256)
 
-    data_path: str = knob(
-        "", "folder of *_train_*.bin and *_val_*.bin; empty: FineWeb or stdlib", group="Data"
-    )
+    data_path: str = knob("", "folder of *_train_*.bin and *_val_*.bin; empty: FineWeb or stdlib")
     tokenizer_path: str = knob("", "SentencePiece .model file; empty: the one that fits DATA_PATH")
     vocab_size: int = knob(0, "must equal the tokenizer's; 0: take the tokenizer's", lo=0, hi=65536)
 
-    iterations: int = knob(20_000, "steps at most", lo=0, group="Training")
+    iterations: int = knob(20_000, "steps at most; 0: no limit", lo=0)
     max_wallclock_seconds: float = knob(600.0, "seconds of training at most; 0: no limit", lo=0)
     train_batch_tokens: int = knob(524_288, "tokens a step", lo=1)
     grad_accum_steps: int = knob(8, "microbatches a step, at least", lo=1)
@@ -126,11 +123,9 @@ class Knobs:
     warmup_steps: int = knob(20, "steps run and thrown away before the clock starts", lo=0)
     warmdown_iters: int = knob(3500, "last steps, over which the learning rate falls to 0", lo=0)
     train_log_every: int = knob(200, "steps between train lines; 0: none", lo=0)
-    complement_alpha: float = knob(
-        0.5, "loss weight 1 - a * P_bigram(target | previous token); 0: off", lo=0, hi=1
-    )
+    complement_alpha: float = knob(0.5, "loss weight 1 - a * P_bigram(target); 0: off", lo=0, hi=1)
 
-    num_layers: int = knob(11, "transformer blocks", lo=1, hi=96, group="Model")
+    num_layers: int = knob(11, "transformer blocks", lo=1, hi=96)
     model_dim: int = knob(512, "width D", lo=8, hi=8192)
     num_heads: int = knob(8, "query heads H", lo=1)
     num_kv_heads: int = knob(4, "key/value heads Hkv", lo=1)
@@ -145,20 +140,16 @@ class Knobs:
     xsa_last_n: int = knob(4, "last blocks whose attention drops its own value's direction", lo=0)
     ln_scale_enabled: bool = knob(True, "block i's norms times 1/sqrt(i + 1)", alias="USE_LN_SCALE")
     use_ortho_init: bool = knob(True, "orthogonal block matrices at start")
-    use_smeargate: bool = knob(
-        True, "blend each embedding with the one before", alias="SMEAR_ENABLED"
-    )
+    use_smeargate: bool = knob(True, "embeddings blend with the one before", alias="SMEAR_ENABLED")
 
-    engram_lite_enabled: bool = knob(
-        True, "EngramLite; 0: BigramHash instead", group="Hashed contexts"
-    )
+    engram_lite_enabled: bool = knob(True, "EngramLite; 0: BigramHash instead")
     engram_hash_size: int = knob(8192, "rows a table; 0: off", lo=0, hi=65536)
     engram_embed_dim: int = knob(256, "columns a table", lo=1, hi=4096)
     engram_n_heads: int = knob(2, "tables an order", lo=1, hi=16)
     bigram_hash_size: int = knob(4096, "rows of BigramHash's table; 0: off", lo=0, hi=65536)
     skipgram_hash_size: int = knob(0, "rows of SkipGram's table; 0: off", lo=0, hi=65536)
 
-    tied_embed_lr: float = knob(0.05, "Adam: token embedding", lo=0, group="Optimizers")
+    tied_embed_lr: float = knob(0.05, "Adam: token embedding", lo=0)
     matrix_lr: float = knob(0.04, "Muon: block matrices", lo=0)
     scalar_lr: float = knob(0.04, "Adam: gains, gates, scales", lo=0)
     hash_lr: float = knob(0.05, "Adam: hash tables", lo=0)
@@ -174,33 +165,29 @@ class Knobs:
     adam_weight_decay: float = knob(0.0, "Adam: the same for embeddings and tables", lo=0)
     grad_clip_norm: float = knob(0.0, "largest norm of a step's gradient; 0: any", lo=0)
 
-    ema_decay: float = knob(
-        0.997, "EMA of the weights, a step; 0: no averaging", lo=0, hi=0.99999, group="Averaging"
-    )
+    ema_decay: float = knob(0.997, "EMA of the weights, a step; 0: none", lo=0, hi=0.99999)
     ema_start_frac: float = knob(0.5, "progress at which averaging starts", lo=0, hi=1)
     use_swa: bool = knob(False, "the plain mean from EMA_START_FRAC on, in EMA's place")
 
-    weight_bits: int = knob(
-        6, "bits of block matrices and hash tables", lo=4, hi=8, group="Artifact"
-    )
+    weight_bits: int = knob(6, "bits of block matrices and hash tables", lo=4, hi=8)
     embed_bits: int = knob(8, "bits of the token embedding", lo=4, hi=8)
     use_gptq_lite: bool = knob(True, "search each row's clip for the least squared error")
-    late_qat_threshold: float = knob(
-        0.0, "train on quantised weights once the learning-rate factor is below this", lo=0, hi=1
-    )
+    late_qat_threshold: float = knob(0.0, "train quantised below this LR factor", lo=0, hi=1)
 
-    val_loss_every: int = knob(
-        0, "steps between validations while training; 0: none", lo=0, group="Evaluation"
-    )
+    val_loss_every: int = knob(0, "steps between validations while training; 0: none", lo=0)
     val_batch_size: int = knob(65_536, "tokens a batch of those validations", lo=1)
-    val_max_tokens: int = knob(
-        0, "score the text up to the last document's end within these; 0: all", lo=0
-    )
+    val_max_tokens: int = knob(0, "score up to the last document's end in these; 0: all", lo=0)
     eval_mode: str = knob("sliding", "the final score", choices=("standard", "sliding", "both"))
     eval_seq_len: int = knob(0, "tokens a window; 0: TRAIN_SEQ_LEN", lo=0)
     eval_stride: int = knob(64, "tokens a sliding window advances", lo=1)
     eval_batch_seqs: int = knob(32, "windows a batch", lo=1)
 
+
+GROUP_TITLES = {
+    "preset": "Run", "data_path": "Data", "iterations": "Training", "num_layers": "Model",
+    "engram_lite_enabled": "Hashed contexts", "tied_embed_lr": "Optimizers",
+    "ema_decay": "Averaging", "weight_bits": "Artifact", "val_loss_every": "Evaluation",
+}  # fmt: skip
 
 PRESETS = {
     "cpu": """ITERATIONS=1000000 MAX_WALLCLOCK_SECONDS=110 TRAIN_BATCH_TOKENS=4096
@@ -329,16 +316,19 @@ def eval_length(cfg: Knobs) -> int:
 
 
 def knob_rows() -> Iterator[tuple[str, str, str, str]]:
-    """(group or '', NAME, default with the presets that differ, help) for `--help` and README."""
+    """(title of a group or '', NAME, default; presets that differ, help) for help and README."""
+
+    def show(value: Any) -> str:
+        return str(int(value) if isinstance(value, bool) else value) or "empty"
+
+    presets = {name: preset_values(name) for name in PRESETS}
     for field in dataclasses.fields(Knobs):
-        meta, shown = field.metadata, []
-        for value in (field.default, *(preset_values(p).get(field.name) for p in PRESETS)):
-            text = "" if value is None else str(int(value) if isinstance(value, bool) else value)
-            shown.append(text or ("empty" if value == "" else ""))
-        differ = [f"{p} {s}" for p, s in zip(PRESETS, shown[1:], strict=True) if s]
-        help = meta["help"] + (f" ({'|'.join(meta['choices'])})" if meta["choices"] else "")
+        name, meta = field.name, field.metadata
+        differ = [f"{p} {show(values[name])}" for p, values in presets.items() if name in values]
+        help = meta["help"] + (f" ({', '.join(meta['choices'])})" if meta["choices"] else "")
         help += f" [alias {meta['alias']}]" if meta["alias"] else ""
-        yield meta["group"], field.name.upper(), "; ".join([shown[0], *differ]), help
+        default = "; ".join([show(field.default), *differ])
+        yield GROUP_TITLES.get(name, ""), name.upper(), default, help
 
 
 def help_text() -> str:
@@ -352,17 +342,13 @@ def help_text() -> str:
 
 def knob_markdown() -> str:
     """The README's table of knobs."""
-    lines = []
+    lines, head = (
+        [],
+        ["", "| knob | default; presets that differ | meaning |", "| --- | --- | --- |"],
+    )
     for group, name, default, help in knob_rows():
-        if group:
-            lines += [
-                "",
-                f"**{group}**",
-                "",
-                "| knob | default; presets that differ | meaning |",
-                "| --- | --- | --- |",
-            ]
-        lines.append(f"| `{name}` | {default} | {help.replace('|', ', ')} |")
+        lines += ["", f"**{group}**", *head] if group else []
+        lines.append(f"| `{name}` | {default} | {help} |")
     return "\n".join(lines).strip() + "\n"
 
 
@@ -405,6 +391,7 @@ def keep_freed_memory() -> None:
     if mallopt is not None:
         mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD
         mallopt(-1, (1 << 31) - 1)  # M_TRIM_THRESHOLD
+        mallopt(-8, 1)  # M_ARENA_MAX: threads share one heap, which never shrinks
 
 
 def blas_candidates(choice: str) -> Iterator[tuple[str, str]]:
@@ -422,23 +409,21 @@ def blas_candidates(choice: str) -> Iterator[tuple[str, str]]:
         yield name, ""
 
 
-def open_blas(choice: str, threads: int) -> dict[str, Any]:
+def open_blas(choice: str) -> dict[str, Any]:
     """Open the first usable OpenBLAS; {} if there is none. Runs before MLX is imported."""
-    for path, prefix in blas_candidates(choice):
+    for path, prefix in blas_candidates(choice) if sys.platform == "linux" else ():
         try:
             library = ctypes.CDLL(path)
-            symbols = {
-                name: ctypes.cast(getattr(library, prefix + name), ctypes.c_void_p).value
-                for name in ("cblas_sgemm", "cblas_dgemm", "cblas_cgemm")
-            }
-            getattr(library, prefix + "openblas_set_num_threads")(threads)
+            functions = {n: getattr(library, prefix + n) for n in ("cblas_sgemm", "cblas_dgemm")}
+            set_threads = getattr(library, prefix + "openblas_set_num_threads")
         except (OSError, AttributeError):
             continue
-        return {"path": path, "symbols": symbols}
+        addresses = {n: ctypes.cast(f, ctypes.c_void_p).value for n, f in functions.items()}
+        return {"path": path, "addresses": addresses, "set_threads": set_threads}
     return {}
 
 
-def patch_imports(module: Path, symbols: dict[str, int]) -> int:
+def patch_imports(module: Path, addresses: dict[str, int]) -> int:
     """Point a loaded ELF64 library's imported functions elsewhere; returns how many were found.
 
     An imported function is called through a slot that the dynamic linker fills; the library's
@@ -446,43 +431,34 @@ def patch_imports(module: Path, symbols: dict[str, int]) -> int:
     no compiler and works whatever prefix the other library puts before its names.
     """
     raw = module.read_bytes()
-    if raw[:5] != b"\x7fELF\x02":
-        return 0
-    offset, size, count = *struct.unpack_from("<Q", raw, 0x28), *struct.unpack_from("<HH", raw, 58)
-    fields = "name kind flags address offset size link info align entry"
-    names = fields.split()
-    sections = [
-        dict(zip(names, struct.unpack_from("<IIQQQQIIQQ", raw, offset + i * size), strict=True))
-        for i in range(count)
-    ]
+    table, size, count = *struct.unpack_from("<Q", raw, 40), *struct.unpack_from("<HH", raw, 58)
+    # A section header's words: 1 type, 4 offset, 5 size, 6 the section it refers to.
+    sections = [struct.unpack_from("<IIQQQQIIQQ", raw, table + i * size) for i in range(count)]
     with open("/proc/self/maps") as maps:
-        starts = [line.split("-")[0] for line in maps if line.rstrip().endswith(str(module))]
-    base, libc, done = int(starts[0], 16), ctypes.CDLL(None), 0
-    for table in (s for s in sections if s["kind"] == 4):  # SHT_RELA
-        dynsym = sections[table["link"]]
-        strings = sections[dynsym["link"]]["offset"]
-        for slot, info, _ in struct.iter_unpack(
-            "<QQq", raw[table["offset"] : table["offset"] + table["size"]]
-        ):
-            (name_at,) = struct.unpack_from("<I", raw, dynsym["offset"] + 24 * (info >> 32))
-            start = strings + name_at
-            name = raw[start : raw.index(b"\0", start)].decode() if info >> 32 else ""
-            if name in symbols:
-                page = (base + slot) & -os.sysconf("SC_PAGESIZE")
-                libc.mprotect(ctypes.c_void_p(page), os.sysconf("SC_PAGESIZE"), 3)  # read, write
-                ctypes.c_uint64.from_address(base + slot).value = symbols[name]
+        base = next(int(line.split("-")[0], 16) for line in maps if str(module) in line)
+    page, libc, done = os.sysconf("SC_PAGESIZE"), ctypes.CDLL(None), 0
+    for section in (s for s in sections if s[1] == 4):  # SHT_RELA
+        symbols, strings = sections[section[6]], sections[sections[section[6]][6]]
+        records = np.frombuffer(raw, "<u8", section[5] // 8, section[4]).reshape(-1, 3)
+        for slot, info, _ in records[records[:, 1] >> 32 > 0].tolist():
+            (name_at,) = struct.unpack_from("<I", raw, symbols[4] + 24 * (info >> 32))
+            start = strings[4] + name_at
+            address = addresses.get(raw[start : raw.index(b"\0", start)].decode())
+            if address:
+                libc.mprotect(ctypes.c_void_p((base + slot) & -page), page, 3)  # read and write
+                ctypes.c_uint64.from_address(base + slot).value = address
                 done += 1
     return done
 
 
 def use_blas(blas: dict[str, Any]) -> str:
-    """Make MLX call the opened BLAS; returns its name, or a line that says what its lack costs."""
+    """Make MLX call the opened BLAS; returns its name, or what its lack costs."""
     if sys.platform != "linux":
         return "Accelerate" if sys.platform == "darwin" else "MLX's own"
     module = Path(mx.__file__).resolve().parent / "lib" / "libmlx.so"
-    if blas and patch_imports(module, blas["symbols"]):
+    if blas and patch_imports(module, blas["addresses"]) >= len(blas["addresses"]):
         return blas["path"]
-    return f"MLX's reference BLAS: matrix products about 70 times slower; mend: {OPENBLAS_COMMAND}"
+    return f"MLX's own (matrix products are about 70 times slower: {OPENBLAS_COMMAND})"
 
 
 def cpu_cores() -> int:
@@ -492,7 +468,7 @@ def cpu_cores() -> int:
 
 if sys.platform == "linux":
     keep_freed_memory()
-BLAS = open_blas(os.environ.get("BLAS", "auto"), 1) if sys.platform == "linux" else {}
+BLAS = open_blas(os.environ.get("BLAS") or "auto")
 
 import mlx.core as mx  # noqa: E402
 import mlx.nn as nn  # noqa: E402
@@ -573,7 +549,7 @@ def open_shard(path: Path) -> Any:
     need, have = header_bytes + 2 * int(header[2]), path.stat().st_size
     if need != have:
         raise UserError(
-            f"{path}: {have} bytes where its header says {need}: cut short? Fetch or make it again"
+            f"{path}: has {have} bytes, its header says {need}: cut short? Make it anew"
         )
     return np.memmap(path, dtype="<u2", mode="r", offset=header_bytes, shape=(int(header[2]),))
 
@@ -595,32 +571,29 @@ def find_shards(folder: Path, split: str) -> list[Path]:
         raise UserError(f"DATA_PATH={folder}: no such folder")
     paths = sorted(folder.glob(f"*_{split}_*.bin"))
     if not paths:
-        raise UserError(
-            f"DATA_PATH={folder}: no *_{split}_*.bin in it: make shards with data/prepare.py"
-        )
+        raise UserError(f"DATA_PATH={folder}: holds no *_{split}_*.bin: see data/prepare.py")
     return paths
 
 
 def locate_data(cfg: Knobs) -> tuple[Path, Path | None, str]:
-    """(folder of shards, tokenizer, a line that says what was chosen)."""
+    """(folder of shards, tokenizer or None for EVAL_ONLY, a line that says what was chosen)."""
+    root = HERE / "data" / "datasets"
+    fineweb, stdlib = root / "fineweb10B_sp1024", root / "stdlib_sp1024"
     if cfg.data_path:
-        folder, line = Path(cfg.data_path), f"data: {cfg.data_path}"
+        folder, line = Path(cfg.data_path), "data"
+    elif list(fineweb.glob("*_val_*.bin")) and (cfg.eval_only or list(fineweb.glob("*_train_*"))):
+        folder, line = fineweb, "data: FineWeb"
     else:
-        root = HERE / "data" / "datasets"
-        folder, line = root / "fineweb10B_sp1024", "data: FineWeb"
-        if not folder.is_dir() or not list(folder.glob("*_train_*.bin")):
-            folder, line = root / "stdlib_sp1024", "data: text that Python carries (stdlib)"
-            if not (folder / "manifest.json").is_file():
-                make_stdlib()
-        line += f", in {folder}"
+        folder, line = stdlib, "data: text that Python carries (set DATA_PATH for another)"
+        if not list(stdlib.glob("*_val_*.bin")):
+            make_stdlib()
+    line += f", {folder}"
     if cfg.eval_only:
         return folder, None, line
-    if cfg.tokenizer_path:
-        tokenizer = Path(cfg.tokenizer_path)
-        if not tokenizer.is_file():
-            raise UserError(f"TOKENIZER_PATH={tokenizer}: no such file")
-        return folder, tokenizer, line
-    return folder, tokenizer_beside(folder), line
+    tokenizer = Path(cfg.tokenizer_path) if cfg.tokenizer_path else tokenizer_beside(folder)
+    if not tokenizer.is_file():
+        raise UserError(f"TOKENIZER_PATH={tokenizer}: no such file")
+    return folder, tokenizer, f"{line}; tokenizer {tokenizer}"
 
 
 def make_stdlib() -> None:
@@ -635,18 +608,17 @@ def make_stdlib() -> None:
 
 def tokenizer_beside(folder: Path) -> Path:
     """The tokenizer of a dataset in the public layout: ../../tokenizers/NAME_VOCAB_bpe.model."""
-    home = folder.resolve().parent.parent / "tokenizers"
-    manifest = folder / "manifest.json"
+    home, manifest = folder.resolve().parent.parent / "tokenizers", folder / "manifest.json"
+    names = []
     if manifest.is_file():
-        named = home / str(json.loads(manifest.read_text()).get("tokenizer", ""))
-        if named.is_file():
-            return named
+        names.append(str(json.loads(manifest.read_text()).get("tokenizer", "")))
     match = re.fullmatch(r"(?:fineweb10B|(.+))_sp(\d+)", folder.name)
     if match:
-        path = home / f"{match[1] or 'fineweb'}_{match[2]}_bpe.model"
-        if path.is_file():
-            return path
-    raise UserError(f"TOKENIZER_PATH is unset and no tokenizer for {folder} is in {home}: set it")
+        names.append(f"{match[1] or 'fineweb'}_{match[2]}_bpe.model")
+    found = [home / name for name in names if (home / name).is_file()]
+    if not found:
+        raise UserError(f"TOKENIZER_PATH is unset, and {home} holds no tokenizer for {folder}")
+    return found[0]
 
 
 class TrainWindows:
@@ -760,14 +732,11 @@ def document_context(x: mx.array, bos: int, depth: int) -> list[mx.array]:
 
     What lies before the document's BOS, or before the window, reads as BOS.
     """
-    fill = max(bos, 0)
-    document = mx.cumsum(x == bos, axis=1)
-    context = [x]
+    fill, length = max(bos, 0), x.shape[1]
+    document, context = mx.cumsum(x == bos, axis=1), [x]
     for k in range(1, depth):
-        pad = mx.full((x.shape[0], min(k, x.shape[1])), fill, dtype=x.dtype)
-        outside = mx.full(pad.shape, -1, dtype=document.dtype)
-        before = mx.concatenate([pad, x[:, :-k]], axis=1)[:, : x.shape[1]]
-        of = mx.concatenate([outside, document[:, :-k]], axis=1)[:, : x.shape[1]]
+        before = mx.pad(x, [(0, 0), (k, 0)])[:, :length]
+        of = mx.pad(document, [(0, 0), (k, 0)], constant_values=-1)[:, :length]
         context.append(mx.where(of == document, before, fill))
     return context
 
@@ -1047,7 +1016,12 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """Mix in the embedding, then attention and MLP, each on a scaled RMS norm of the stream."""
+    """Mix in the embedding, then attention and MLP, each on an RMS norm of the stream.
+
+    LN scale: block i's norms are multiplied by 1/sqrt(i + 1). Attention without its normalised
+    queries and keys is linear in that factor and the MLP quadratic, so it is applied to their
+    outputs, where it costs nothing.
+    """
 
     def __init__(self, cfg: Knobs, rng: Any, index: int) -> None:
         super().__init__()
@@ -1062,8 +1036,8 @@ class Block(nn.Module):
         """x, x0 (B, T, D) -> (B, T, D); x0 is the embedding."""
         mix = self.resid_mix.astype(x.dtype)
         x = mix[0] * x + mix[1] * x0
-        x = x + self.attn_scale.astype(x.dtype) * self.attn(rms_norm(x) * self.depth_scale)
-        return x + self.mlp_scale.astype(x.dtype) * self.mlp(rms_norm(x) * self.depth_scale)
+        x = x + (self.attn_scale * self.depth_scale).astype(x.dtype) * self.attn(rms_norm(x))
+        return x + (self.mlp_scale * self.depth_scale**2).astype(x.dtype) * self.mlp(rms_norm(x))
 
 
 class EngramLite(nn.Module):
@@ -1138,7 +1112,7 @@ class GPT(nn.Module):
         """Normalised embedding, each blended with the one before in its document: (B, T, D)."""
         x = self.tok_emb[context[0]].astype(self.dtype)
         if "smear_gate" in self:
-            inside = (context[0] != max(self.bos, 0))[..., None].astype(x.dtype)
+            inside = (context[0] != self.bos)[..., None].astype(x.dtype)
             before = mx.pad(x, [(0, 0), (1, 0), (0, 0)])[:, :-1] * inside
             x = x + mx.sigmoid(self.smear_gate).astype(x.dtype) * before
         return rms_norm(x)
@@ -1416,8 +1390,13 @@ class Workers:
 
 
 def make_workers(cfg: Knobs) -> Workers:
-    """WORKERS, or one a core on a CPU; one on a GPU."""
-    return Workers((cfg.workers or cpu_cores()) if on_cpu() else 1)
+    """WORKERS, or one a core on a CPU, where they share the BLAS's threads; one on a GPU."""
+    if cfg.blas not in ("auto", "none") and not BLAS:
+        raise UserError(f"BLAS={cfg.blas}: not an OpenBLAS that can be loaded; try BLAS=auto")
+    count = (cfg.workers or cpu_cores()) if on_cpu() else 1
+    if BLAS:
+        BLAS["set_threads"](max(cpu_cores() // count, 1))
+    return Workers(count)
 
 
 def remaining_steps(step: int, elapsed_s: float, cfg: Knobs) -> float:
@@ -2152,6 +2131,8 @@ def main(cfg: Knobs, warnings: list[str]) -> None:
     report = Report(cfg)
     with make_workers(cfg) as workers:
         machine = describe_machine(cfg, workers)
+        if on_cpu() and not MLX_COMPILES:
+            warnings = [*warnings, "no g++: MLX's CPU kernels run uncompiled, which is slower"]
         for line in [*(f"warning: {w}" for w in warnings), where]:
             report.line(line)
         report.event({"event": "config", **dataclasses.asdict(cfg), **machine}, *CONFIG_LINES)

@@ -1,0 +1,71 @@
+"""Shared by the tests: the script as a module, and a model small enough for a test."""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import train_gpt_mlx_kl as t  # noqa: E402
+
+# Everything is checked on the CPU, where results repeat bit for bit; the other path's formulas
+# are reached by replacing `on_cpu`.
+t.mx.set_default_device(t.mx.cpu)
+
+TINY = {
+    "PRESET": "cpu",
+    "DEVICE": "cpu",
+    "WORKERS": "1",
+    "ITERATIONS": "4",
+    "MAX_WALLCLOCK_SECONDS": "0",
+    "TRAIN_BATCH_TOKENS": "64",
+    "TRAIN_SEQ_LEN": "16",
+    "WARMUP_STEPS": "0",
+    "WARMDOWN_ITERS": "0",
+    "TRAIN_LOG_EVERY": "0",
+    "NUM_LAYERS": "3",
+    "MODEL_DIM": "16",
+    "NUM_HEADS": "4",
+    "NUM_KV_HEADS": "2",
+    "ROPE_DIMS": "2",
+    "XSA_LAST_N": "1",
+    "ENGRAM_HASH_SIZE": "37",
+    "ENGRAM_EMBED_DIM": "8",
+    "BIGRAM_HASH_SIZE": "37",
+    "SKIPGRAM_HASH_SIZE": "41",
+    "EVAL_STRIDE": "8",
+    "EVAL_BATCH_SEQS": "3",
+}
+
+
+def tiny_knobs(**env: object) -> t.Knobs:
+    """Knobs of a run that takes milliseconds; `env` as a user would set them: `SEED=7`."""
+    return t.knobs_from_env({**TINY, **{name: str(value) for name, value in env.items()}})[0]
+
+
+def write_shard(path: Path, tokens) -> Path:
+    """Write tokens in the public shard format."""
+    header = np.zeros(256, "<i4")
+    header[:3] = 20240520, 1, len(tokens)
+    path.write_bytes(header.tobytes() + np.asarray(tokens, "<u2").tobytes())
+    return path
+
+
+@pytest.fixture
+def rng() -> np.random.Generator:
+    """The same random numbers for every test."""
+    return np.random.default_rng(0)
+
+
+def random_model(vocab: int = 50, bos: int = 1, **env: object) -> t.GPT:
+    """A model none of whose parameters is at its starting value, where several are 0."""
+    model, rng = t.GPT(tiny_knobs(**env), vocab, bos), np.random.default_rng(7)
+    params = {}
+    for name, p in t.tree_flatten(model.parameters()):
+        noise = rng.standard_normal(p.shape) * (0.3 if p.ndim == 1 else p.shape[-1] ** -0.5)
+        params[name] = p + t.mx.array(noise.astype(np.float32))
+    model.update(t.tree_unflatten(list(params.items())))
+    return model

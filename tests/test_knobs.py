@@ -1,0 +1,213 @@
+"""The table of knobs: names and defaults people rely on, errors, warnings, presets, the README."""
+
+import ast
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT, t
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+SCRIPT = ROOT / "train_gpt_mlx_kl.py"
+FIELDS = {field.name: field for field in t.dataclasses.fields(t.Knobs)}
+
+# Names that people's scripts set; a value is the promised default.
+PUBLIC = """DATA_PATH TOKENIZER_PATH RUN_ID SEED=1337 ITERATIONS=20000 VAL_LOSS_EVERY=0
+VAL_BATCH_SIZE TRAIN_LOG_EVERY TRAIN_BATCH_TOKENS=524288 GRAD_ACCUM_STEPS=8 TRAIN_SEQ_LEN=1024
+MLX_MAX_MICROBATCH_TOKENS=8192 MLX_EAGER_EVAL=1 WARMUP_STEPS=20 WARMDOWN_ITERS=3500
+MAX_WALLCLOCK_SECONDS=600 VOCAB_SIZE=0 NUM_LAYERS=11 MODEL_DIM=512 NUM_HEADS=8 NUM_KV_HEADS=4
+MLP_MULT=3 TIED_EMBED_INIT_STD LOGIT_CHUNK_TOKENS LOGIT_SOFTCAP=30 ROPE_BASE ROPE_DIMS=16
+QK_GAIN_INIT=1.5 EVAL_SEQ_LEN EVAL_STRIDE=64 EVAL_BATCH_SEQS EVAL_MODE=sliding BIGRAM_HASH_SIZE
+ENGRAM_LITE_ENABLED=1 ENGRAM_HASH_SIZE=8192 ENGRAM_EMBED_DIM=256 ENGRAM_N_HEADS=2
+SKIPGRAM_HASH_SIZE=0 COMPLEMENT_ALPHA=0.5 EMA_DECAY EMA_START_FRAC USE_ORTHO_INIT USE_SWA
+USE_SMEARGATE LN_SCALE_ENABLED XSA_LAST_N=4 BETA1 BETA2 ADAM_EPS TIED_EMBED_LR MATRIX_LR SCALAR_LR
+MUON_MOMENTUM MUON_BACKEND_STEPS MUON_MOMENTUM_WARMUP_START MUON_MOMENTUM_WARMUP_STEPS
+MUON_WEIGHT_DECAY ADAM_WEIGHT_DECAY LATE_QAT_THRESHOLD USE_GPTQ_LITE GRAD_CLIP_NORM OUT_DIR=logs
+HASH_LR EVAL_ONLY VAL_MAX_TOKENS PRESET"""
+
+# The public MLX baseline's own settings (openai/parameter-golf, train_gpt_mlx.py).
+BASELINE = """num_layers=9 model_dim=512 num_heads=8 num_kv_heads=4 mlp_mult=2 mlp_leak=0
+train_seq_len=1024 train_batch_tokens=524288 grad_accum_steps=8 mlx_max_microbatch_tokens=8192
+iterations=20000 max_wallclock_seconds=600 warmup_steps=20 warmdown_iters=1200 tied_embed_lr=0.05
+matrix_lr=0.04 scalar_lr=0.04 beta1=0.9 beta2=0.95 adam_eps=1e-8 muon_momentum=0.95
+muon_momentum_warmup_start=0.85 muon_momentum_warmup_steps=500 muon_backend_steps=5
+muon_weight_decay=0 adam_weight_decay=0 grad_clip_norm=0 rope_dims=0 rope_base=10000
+qk_gain_init=1.5 logit_softcap=30 tied_embed_init_std=0.005 seed=1337 ema_decay=0 use_swa=0
+engram_lite_enabled=0 bigram_hash_size=0 skipgram_hash_size=0 complement_alpha=0 use_smeargate=0
+use_ortho_init=0 ln_scale_enabled=0 xsa_last_n=0 late_qat_threshold=0 eval_mode=standard"""
+
+
+def start(*argv, **env):
+    """Run the script with `-X importtime`; returns (process, its stderr lines, modules loaded)."""
+    clean = {n: v for n, v in os.environ.items() if n.lower() not in FIELDS}
+    command = [sys.executable, "-X", "importtime", str(SCRIPT), *argv]
+    process = subprocess.run(command, env=clean | env, capture_output=True, text=True)
+    lines = process.stderr.splitlines()
+    timings = [line for line in lines if line.startswith("import time:")]
+    modules = {line.rpartition("|")[2].strip() for line in timings}
+    return process, [line for line in lines if line not in timings], modules
+
+
+def assert_light(modules):
+    """Nothing that takes time to load was imported."""
+    assert "json" in modules  # the list is not empty
+    assert not {"numpy", "mlx", "mlx.core", "sentencepiece"} & modules
+
+
+def test_public_names_and_defaults():
+    for word in PUBLIC.split():
+        name, _, default = word.partition("=")
+        field = FIELDS[name.lower()]
+        if default:
+            kind = type(field.default)
+            assert field.default == (kind(int(default)) if kind is bool else kind(default)), name
+
+
+def test_every_knob_is_read():
+    """A knob counts as read if code takes it from cfg, from the environment, or by GROUPS."""
+    tree = ast.parse(SCRIPT.read_text())
+    tree.body = [n for n in tree.body if getattr(n, "name", "") not in ("Knobs", "check_together")]
+    read = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
+            owner = node.value
+            if getattr(owner, "id", getattr(owner, "attr", "")) == "cfg":
+                read.add(node.attr)
+        elif isinstance(node, ast.Call) and getattr(node.func, "attr", "") == "get":
+            read |= {str(arg.value).lower() for arg in node.args if isinstance(arg, ast.Constant)}
+    for group in t.GROUPS:
+        read |= {group.lr, group.decay, group.bits}
+    assert set(FIELDS) <= read, set(FIELDS) - read
+
+
+def test_help_is_light_and_complete():
+    process, stray, modules = start("--help")
+    assert process.returncode == 0 and not stray
+    assert_light(modules)
+    for name, field in FIELDS.items():
+        assert re.search(rf"^  {name.upper()}\b", process.stdout, re.M), name
+        assert field.metadata["help"] in process.stdout
+
+
+def test_all_problems_at_once():
+    bad = {
+        "SEED": "x",
+        "NUM_LAYERS": "0",
+        "EVAL_MODE": "fast",
+        "MLX_EAGER_EVAL": "yes",
+        "MATRIX_LR": "nan",
+        "BETA1": "1.5",
+        "SKIPGRAM_HASH_SIZE": "65537",
+        "TTT_LR": "1",
+        "SWA_DECAY": "0.9",
+        "TIE_EMBEDDINGS": "0",
+        "RUN_ID": "../x",
+        "NUM_HEADS": "7",
+        "TRAIN_MAX_SEQ_LEN": "1",
+    }
+    process, lines, modules = start(**bad)
+    assert process.returncode == 2
+    assert all(line.startswith("error: ") for line in lines), lines
+    for name in bad:
+        assert any(name in line for line in lines), name
+    assert "Traceback" not in process.stderr and process.stdout == ""
+    assert_light(modules)
+
+
+def test_arguments_are_refused():
+    process, lines, _ = start("--iterations=3")
+    assert process.returncode == 2
+    assert len(lines) == 1 and "--iterations=3" in lines[0] and "--help" in lines[0]
+
+
+texts = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=12)
+numbers = st.integers().map(str) | st.floats().map(str) | st.sampled_from(["9" * 400, "-0", "1e999"])
+
+
+@settings(deadline=None)
+@given(st.sampled_from(sorted(FIELDS)), texts | numbers)
+def test_any_text_is_a_value_or_a_named_problem(name, text):
+    try:
+        cfg, _ = t.knobs_from_env({"PRESET": "cpu", name.upper(): text})
+    except t.UserError as error:
+        assert name.upper() in str(error)
+    else:
+        assert isinstance(getattr(cfg, name), type(FIELDS[name].default))
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("MODEL_DIM=100", "NUM_HEADS=8"),
+        ("NUM_HEADS=8", "NUM_KV_HEADS=3"),
+        ("ROPE_DIMS=7",),
+        ("ROPE_DIMS=128", "MODEL_DIM=512"),
+        ("TRAIN_BATCH_TOKENS=512", "TRAIN_SEQ_LEN=1024"),
+        ("EVAL_STRIDE=512", "EVAL_SEQ_LEN=256"),
+        ("ITERATIONS=0", "MAX_WALLCLOCK_SECONDS=0"),
+        ("RESUME=1",),
+    ],
+)
+def test_settings_that_do_not_fit_together(names):
+    env = dict(name.split("=") for name in names)
+    with pytest.raises(t.UserError) as caught:
+        t.knobs_from_env({"PRESET": "h100", **env})
+    assert names[0] in str(caught.value)
+
+
+def test_warnings():
+    def warnings(**env):
+        return t.knobs_from_env({"PRESET": "mac", **env})[1]
+
+    assert warnings(PATH="/bin", HOME="/", USER="u", LANG="C", TERM="x", PWD="/", SHLVL="1") == []
+    (line,) = warnings(NUM_LAYER="9")
+    assert "NUM_LAYER " in line and "NUM_LAYERS" in line
+    (line,) = warnings(COMPLIMENT_ALPHA="1")
+    assert "COMPLEMENT_ALPHA" in line
+    for name in ("NGRAM_MIXER_ENABLED", "NGRAM_MAX_ORDER", "NGRAM_ALPHA"):
+        assert [name in line for line in warnings(**{name: "1"})] == [True]
+
+
+def test_aliases():
+    env = {"PRESET": "h100", "SMEAR_ENABLED": "0", "USE_LN_SCALE": "0", "TRAIN_MAX_SEQ_LEN": "512"}
+    cfg, warnings = t.knobs_from_env(env)
+    assert (cfg.use_smeargate, cfg.ln_scale_enabled, cfg.train_seq_len) == (False, False, 512)
+    assert warnings == []
+    # The knob's own name is the stronger one.
+    assert t.knobs_from_env({**env, "TRAIN_SEQ_LEN": "256"})[0].train_seq_len == 256
+
+
+@pytest.mark.parametrize("preset", FIELDS["preset"].metadata["choices"])
+def test_presets_resolve(preset):
+    cfg, warnings = t.knobs_from_env({"PRESET": preset})
+    assert warnings == [] and cfg.preset in t.PRESETS
+    values = t.preset_values(cfg.preset)
+    assert set(values) <= set(FIELDS)
+    assert all(getattr(cfg, name) == value for name, value in values.items())
+    # What the environment says is stronger than the preset; an empty variable says nothing.
+    assert t.knobs_from_env({"PRESET": preset, "NUM_LAYERS": "5"})[0].num_layers == 5
+    assert t.knobs_from_env({"PRESET": preset, "NUM_LAYERS": ""})[0] == cfg
+
+
+@pytest.mark.parametrize("device, preset", [("cpu", "cpu"), ("gpu", "mac")])
+def test_auto_preset_follows_the_device(device, preset):
+    assert t.knobs_from_env({"DEVICE": device})[0].preset == preset
+
+
+def test_baseline_is_the_public_baseline():
+    cfg = t.knobs_from_env({"PRESET": "baseline"})[0]
+    assert {w: getattr(cfg, w.split("=")[0]) for w in BASELINE.split()} == {
+        w: float(w.split("=")[1]) if w[-1].isdigit() else w.split("=")[1] for w in BASELINE.split()
+    }
+
+
+def test_readme_table_is_up_to_date():
+    readme = ROOT / "README.md"
+    text = readme.read_text() if readme.is_file() else ""
+    match = re.search(r"<!-- knobs -->\n(.*?)<!-- /knobs -->", text, re.S)
+    if not match:
+        pytest.skip("README.md or its <!-- knobs --> markers are missing")
+    assert match[1].strip() == t.knob_markdown().strip()
