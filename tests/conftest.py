@@ -69,3 +69,25 @@ def random_model(vocab: int = 50, bos: int = 1, **env: object) -> t.GPT:
         params[name] = p + t.mx.array(noise.astype(np.float32))
     model.update(t.tree_unflatten(list(params.items())))
     return model
+
+
+@pytest.fixture
+def make_trainer(tmp_path, rng):
+    """make_trainer(**env): a trainer on 3 shards of documents of 50 ids; its workers end later."""
+    shards = tmp_path / "shards"
+    shards.mkdir()
+    for i, size in enumerate((333, 700, 111)):
+        tokens = np.minimum(rng.geometric(0.1, size) + 1, 49)  # some pairs are far from rare
+        tokens[rng.random(size) < 0.05] = 1
+        write_shard(shards / f"text_train_{i:06d}.bin", tokens)
+    opened = []
+
+    def make(**env: object) -> t.Trainer:
+        cfg = tiny_knobs(**{"OUT_DIR": tmp_path / "logs", "RUN_ID": f"run{len(opened)}", **env})
+        data = t.TrainWindows(t.find_shards(shards, "train"), cfg.train_seq_len, cfg.seed, 50)
+        opened.append(t.make_workers(cfg))
+        return t.Trainer(t.GPT(cfg, 50, 1), cfg, data, t.Report(cfg), opened[-1])
+
+    yield make
+    for workers in opened:
+        workers.__exit__()

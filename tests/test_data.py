@@ -1,6 +1,7 @@
 """Tokenizers' byte tables, shards, discovery, training windows and the validation text."""
 
 import hashlib
+import itertools
 import json
 import os
 import random
@@ -91,10 +92,7 @@ texts = st.text(
 
 
 @settings(deadline=None, max_examples=200)
-@given(
-    st.sampled_from(sorted(MODELS)),
-    st.lists(texts, min_size=1, max_size=4),
-)
+@given(st.sampled_from(sorted(MODELS)), st.lists(texts, min_size=1, max_size=4))
 def test_bytes_of_any_text(trained, name, texts):
     assert_bytes_fit(*trained[name], texts)
 
@@ -184,7 +182,7 @@ def test_missing_shards_are_named(tmp_path):
 
 def test_an_epoch_reads_every_window_once(tmp_path):
     """Tokens are numbered, so that a window says where it lies."""
-    write_shard(tmp_path / "x_train_0.bin", range(0, 53))
+    write_shard(tmp_path / "x_train_0.bin", range(53))
     write_shard(tmp_path / "x_train_1.bin", range(100, 131))
     data = t.TrainWindows(t.find_shards(tmp_path, "train"), 5, seed=3, vocab=200)
     assert data.windows == 10 + 6 and data.tokens == 84
@@ -210,7 +208,7 @@ def test_bigram_probability_counts_within_shards(tmp_path, rng):
         write_shard(tmp_path / f"x_train_{i}.bin", tokens)
     expected = np.zeros((7, 7))
     for tokens in shards:
-        for a, b in zip(tokens, tokens[1:], strict=False):
+        for a, b in itertools.pairwise(tokens):
             expected[a, b] += 1
     expected /= np.maximum(expected.sum(axis=1, keepdims=True), 1)
     data = t.TrainWindows(t.find_shards(tmp_path, "train"), 8, seed=0, vocab=7)
@@ -271,9 +269,7 @@ def test_fineweb_comes_before_stdlib(tmp_path, monkeypatch):
         t,
         "make_stdlib",
         lambda: made.append(
-            make_dataset(
-                tmp_path, "stdlib_sp1024", "s.model", {"tokenizer": "s.model"}
-            )
+            make_dataset(tmp_path, "stdlib_sp1024", "s.model", {"tokenizer": "s.model"})
         ),
     )
     tokenizers = tmp_path / "data" / "tokenizers"

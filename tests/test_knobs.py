@@ -124,7 +124,9 @@ def test_arguments_are_refused():
 
 
 texts = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=12)
-numbers = st.integers().map(str) | st.floats().map(str) | st.sampled_from(["9" * 400, "-0", "1e999"])
+numbers = (
+    st.integers().map(str) | st.floats().map(str) | st.sampled_from(["9" * 400, "-0", "1e999"])
+)
 
 
 @settings(deadline=None)

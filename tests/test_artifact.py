@@ -1,0 +1,229 @@
+"""The quantiser, the file format and the size rules."""
+
+import ast
+import json
+import struct
+
+import numpy as np
+import pytest
+from conftest import ROOT, t, tiny_knobs
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+mx = t.mx
+
+
+def noise(shapes, seed=0):
+    """Gaussian noise in place of every tensor, in order of their names."""
+    keys = mx.random.split(mx.random.key(seed), len(shapes))
+    return {n: mx.random.normal(s, key=k) for (n, s), k in zip(shapes.items(), keys, strict=True)}
+
+
+def noisy(cfg, vocab=1024, seed=0):
+    """(parameters, their groups) of a model whose tensors are Gaussian noise."""
+    model = t.GPT(cfg, vocab, 1)
+    params = noise({n: p.shape for n, p in t.tree_flatten(model.parameters())}, seed)
+    return params, t.group_parameters(list(params))
+
+
+def tokens_of(vocab=1024, seed=0):
+    """Tokenizer facts with every flag in use."""
+    rng = np.random.default_rng(seed)
+    flags = rng.random((2, vocab)) < 0.3
+    return t.Tokens(rng.integers(0, 9, vocab).astype(np.uint16), *flags, 1, True, "ab" * 32)
+
+
+# --------------------------------------------------------------------------------------------------
+# The quantiser
+
+
+def bfloat16(x):
+    """float32 -> the nearest bfloat16 (ties to even), as float32."""
+    bits = np.asarray(x, np.float32).view(np.uint32).astype(np.uint64)
+    return ((bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000).astype(np.uint32).view(np.float32)
+
+
+def brute_force(w, bits):
+    """Squared error of each row for every clip candidate: (rows, candidates) float64."""
+    limit, errors = 2 ** (bits - 1) - 1, []
+    top = np.abs(w).max(axis=1, keepdims=True) / np.float32(limit)
+    for ratio in t.CLIP_RATIOS:
+        scale = bfloat16(top * np.float32(ratio))
+        codes = np.clip(np.round(w / np.where(scale > 0, scale, 1)), -limit, limit)
+        errors.append(((codes * scale - w).astype(np.float64) ** 2).sum(axis=1))
+    return np.stack(errors, axis=1)
+
+
+@pytest.mark.parametrize("bits", [4, 5, 6, 7, 8])
+def test_the_clip_is_the_best_candidate(bits, rng):
+    w = np.float32(rng.standard_normal((60, 40)) * 10 ** rng.uniform(-6, 6, (60, 1)))
+    w[::3] *= rng.standard_cauchy((20, 40)).astype(np.float32)
+    errors = brute_force(w, bits)
+    for search, expected in ((True, errors.min(axis=1)), (False, errors[:, 0])):
+        codes, scale = (np.array(a) for a in t.quantise_rows(mx.array(w), bits, search))
+        assert (codes == np.round(codes)).all() and np.abs(codes).max() <= 2 ** (bits - 1) - 1
+        assert (scale == bfloat16(scale)).all()
+        error = ((codes * scale - w).astype(np.float64) ** 2).sum(axis=1)
+        np.testing.assert_allclose(error, expected, rtol=1e-4)
+    assert bits > 5 or (errors.min(axis=1) < errors[:, 0]).any()  # the search is not idle
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.integers(4, 8), st.booleans(), st.integers(-34, 34), st.integers(0, 2**31))
+def test_no_row_is_too_small_or_too_large(bits, search, exponent, seed):
+    """With the range of float32 for scales, the relative error does not depend on magnitude."""
+    row = np.random.default_rng(seed).standard_normal((1, 24))
+    w = np.concatenate([row, 0 * row, row * 1e-30, row * 10.0**exponent]).astype(np.float32)
+    codes, scale = (np.array(a) for a in t.quantise_rows(mx.array(w), bits, search))
+    back = codes.astype(np.float64) * scale
+    assert np.isfinite(back).all() and (back[1] == 0).all()
+    bound = np.abs(w).max(axis=1, keepdims=True) * (0.5 / (2 ** (bits - 1) - 1) + 1 / 256)
+    if not search:
+        assert (np.abs(back - w) <= bound).all()
+    assert ((back - w) ** 2).sum() <= 1.0001 * (bound.astype(np.float64) ** 2).sum() * 24
+
+
+# --------------------------------------------------------------------------------------------------
+# The file
+
+
+@pytest.fixture
+def written(tmp_path):
+    """(file, parameters, settings, tokenizer facts) of a small artifact."""
+    cfg = tiny_knobs(USE_GPTQ_LITE=0, WEIGHT_BITS=5)
+    params, groups = noisy(cfg, vocab=50)
+    tokens, path = tokens_of(50), tmp_path / "artifact.bin"
+    t.write_artifact(path, params, groups, cfg, tokens)
+    return path, params, cfg, tokens
+
+
+def test_round_trip(written):
+    path, params, cfg, tokens = written
+    header, read, back = t.read_artifact(path)
+    assert list(back) == list(params)
+    for name, group in t.group_parameters(list(params)).items():
+        w, got = np.array(params[name]), np.array(back[name])
+        if not group.bits:
+            np.testing.assert_array_equal(got, w)
+            continue
+        limit = 2 ** (getattr(cfg, group.bits) - 1) - 1
+        step = bfloat16(np.abs(w).max(axis=1, keepdims=True) / np.float32(limit))
+        inside = np.abs(w) <= limit * step  # a scale rounded down leaves the top just outside
+        assert (np.abs(got - w) <= step * 0.5001)[inside].all(), name
+        assert (np.abs(got - w) <= step * (0.5 + limit / 256)).all(), name
+        assert len(np.unique(np.round(got / step))) <= 2 * limit + 1
+    for name in ("piece_bytes", "leading", "control"):
+        np.testing.assert_array_equal(getattr(read, name), getattr(tokens, name))
+    for name in ("bos", "dummy_prefix", "sha256", "vocab"):
+        assert getattr(read, name) == getattr(tokens, name)
+    restored = t.Knobs(**header["knobs"])
+    assert restored.num_layers == cfg.num_layers and restored.weight_bits == 5
+
+
+def test_the_layout_is_json_and_raw_tensors(written):
+    """Read by the format's own words, with the decompressor that the file names."""
+    path, params, _, _ = written
+    raw = path.read_bytes()
+    magic, version, number = struct.unpack_from("<8sHB", raw)
+    assert (magic, version) == (b"MLXGOLF1", 1)
+    body = t.compressors()[number][2](raw[43:])
+    (length,) = struct.unpack_from("<I", body)
+    header = json.loads(body[4 : 4 + length])
+    at = 4 + length + 3 * 50  # after the byte table: uint16 and flags of each piece
+    for name, shape, bits in header["tensors"]:
+        assert tuple(shape) == params[name].shape
+        at += (np.prod(shape) + 2 * shape[0]) if bits else 4 * np.prod(shape)
+    assert at == len(body)
+    sizes = {name: len(pack(body)) for name, pack, _ in t.compressors()}
+    assert len(raw) - 43 == min(sizes.values())
+
+
+def test_exports_are_identical(written, tmp_path):
+    path, params, cfg, tokens = written
+    again = tmp_path / "again.bin"
+    t.write_artifact(again, params, t.group_parameters(list(params)), cfg, tokens)
+    assert again.read_bytes() == path.read_bytes()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["again.bin", "artifact.bin"]
+    other = {n: p + 0.1 for n, p in params.items()}
+    t.write_artifact(again, other, t.group_parameters(list(params)), cfg, tokens)
+    assert again.read_bytes() != path.read_bytes()
+
+
+def test_damaged_files_are_named(written):
+    path, good = written[0], written[0].read_bytes()
+    flips = [*range(43), *np.linspace(43, len(good) - 1, 20).astype(int)]
+    damaged = {f"byte {i}": good[:i] + bytes([good[i] ^ 1]) + good[i + 1 :] for i in flips}
+    damaged |= {f"cut at {n}": good[:n] for n in (0, 7, 8, 42, 43, 44, len(good) - 1)}
+    damaged |= {"longer": good + b"\0", "other": b"PK\3\4" * 99, "pickle": b"\x80\4." * 99}
+    damaged["version"] = good[:8] + struct.pack("<H", 2) + good[10:]
+    wrong = []
+    for what, content in damaged.items():
+        path.write_bytes(content)
+        try:
+            t.read_artifact(path)
+            wrong.append(f"{what}: read")
+        except t.UserError as error:
+            if str(path) not in str(error) or (what == "version" and "version 2" not in str(error)):
+                wrong.append(f"{what}: {error}")
+        except Exception as error:
+            wrong.append(f"{what}: {error!r}")
+    assert not wrong
+    with pytest.raises(t.UserError, match="absent"):
+        t.read_artifact(path.with_name("absent.bin"))
+
+
+def test_no_code_is_loaded_from_files():
+    """Neither pickle nor what stands on it, nor evaluation of text."""
+    tree = ast.parse((ROOT / "train_gpt_mlx_kl.py").read_text())
+    names = {getattr(n, "id", getattr(n, "attr", "")) for n in ast.walk(tree)}
+    imports = [n for n in ast.walk(tree) if isinstance(n, ast.Import | ast.ImportFrom)]
+    names |= {alias.name for node in imports for alias in node.names}
+    assert "json" in names
+    assert not {"pickle", "marshal", "shelve", "dill", "torch", "joblib", "exec"} & names
+    words = {k.arg for n in ast.walk(tree) if isinstance(n, ast.Call) for k in n.keywords}
+    assert "allow_pickle" not in words
+
+
+# --------------------------------------------------------------------------------------------------
+# Sizes
+
+
+@pytest.mark.parametrize("preset", t.PRESETS)
+def test_presets_fit_even_as_noise(preset, tmp_path, monkeypatch):
+    """Noise is the worst case. Brotli at quality 5 stands in for the three best compressors, of
+    which one alone takes over a minute for 20 M parameters; it gives up to 1 % more bytes.
+    """
+    import brotli
+
+    fast = [("fast", lambda raw: brotli.compress(raw, quality=5, lgwin=24), brotli.decompress)]
+    monkeypatch.setattr(t, "compressors", lambda: fast)
+    # Orthogonal matrices have the same shapes, and take time.
+    cfg = t.knobs_from_env({"PRESET": preset, "USE_ORTHO_INIT": "0"})[0]
+    params, groups = noisy(cfg)
+    estimate = t.estimate_bytes(params, groups, cfg)
+    path = tmp_path / "artifact.bin"
+    event = t.write_artifact(path, params, groups, cfg, tokens_of())
+    assert event["model_bytes"] == path.stat().st_size
+    assert event["code_bytes"] == (ROOT / "train_gpt_mlx_kl.py").stat().st_size
+    total = event["model_bytes"] + event["code_bytes"]
+    assert total == event["total_bytes"] <= 16_000_000
+    assert abs(estimate / total - 1) < 0.05
+
+
+def test_oversized_models_are_refused(tmp_path, monkeypatch):
+    cfg = tiny_knobs(ENGRAM_HASH_SIZE=999, ENGRAM_EMBED_DIM=32)
+    params, groups = noisy(cfg)
+    assert t.ARTIFACT_LIMIT_BYTES == 16_000_000
+    estimate = t.estimate_bytes(params, groups, cfg)
+    path = tmp_path / "artifact.bin"
+    fact = t.write_artifact(path, params, groups, cfg, tokens_of())["total_bytes"]
+
+    def excess(total, function, *args):
+        monkeypatch.setattr(t, "ARTIFACT_LIMIT_BYTES", total)
+        function(*args)  # the limit itself is allowed
+        monkeypatch.setattr(t, "ARTIFACT_LIMIT_BYTES", total - 1234)
+        with pytest.raises(t.RunFailed, match=r"1,234 over .*: engram\.tables 1?\d\d,"):
+            function(*args)
+
+    excess(estimate, t.estimate_bytes, params, groups, cfg)
+    excess(fact, t.write_artifact, path, params, groups, cfg, tokens_of())

@@ -1,0 +1,445 @@
+"""Runs from the command line, end to end: what they print, leave, refuse and survive."""
+
+import json
+import math
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+from conftest import ROOT, t, write_shard
+
+spm = pytest.importorskip("sentencepiece")
+SCRIPT = ROOT / "train_gpt_mlx_kl.py"
+NUMBER = r"\d+\.\d+"
+
+# A run of a second. On CPUs the same seed gives the same bits.
+TINY = {
+    "DEVICE": "cpu",
+    "WORKERS": "2",
+    "NUM_LAYERS": "2",
+    "MODEL_DIM": "32",
+    "NUM_HEADS": "2",
+    "NUM_KV_HEADS": "1",
+    "TRAIN_SEQ_LEN": "64",
+    "TRAIN_BATCH_TOKENS": "512",
+    "ITERATIONS": "6",
+    "WARMDOWN_ITERS": "3",
+    "WARMUP_STEPS": "1",
+    "MAX_WALLCLOCK_SECONDS": "0",
+    "EVAL_STRIDE": "16",
+    "ENGRAM_HASH_SIZE": "64",
+    "ENGRAM_EMBED_DIM": "8",
+    "TRAIN_LOG_EVERY": "1",
+}
+KNOWN = {field.name.upper() for field in t.dataclasses.fields(t.Knobs)}
+CLEAN = {name: value for name, value in os.environ.items() if name not in KNOWN}
+# What two equal runs may differ in.
+FLEETING = {"run_id", "train_time_ms", "step_avg_ms", "tok_s", "eval_time_ms", "train_seconds"}
+FLEETING |= {"eval_seconds", "peak_memory_bytes", "gflops"}
+
+
+@pytest.fixture(scope="session")
+def dataset(tmp_path_factory):
+    """A folder of shards in the public layout, its tokenizer two folders up."""
+    home = tmp_path_factory.mktemp("home")
+    folder, model = home / "datasets" / "tiny_sp300", home / "tokenizers" / "tiny_300_bpe.model"
+    folder.mkdir(parents=True)
+    model.parent.mkdir()
+    rng = random.Random(1)
+    words = ["".join(rng.choices("etaoinshrdlu", k=rng.randint(1, 7))) for _ in range(60)]
+    texts = [" ".join(rng.choices(words, k=rng.randint(20, 120))) + " né\n" for _ in range(120)]
+    spm.SentencePieceTrainer.train(
+        sentence_iterator=iter(texts),
+        model_prefix=str(model.with_suffix("")),
+        vocab_size=300,
+        model_type="bpe",
+        byte_fallback=True,
+        minloglevel=2,
+    )
+    sp = spm.SentencePieceProcessor(model_file=str(model))
+    ids = [[1, *sp.encode(text)] for text in texts]
+    parts = {"train_000000": ids[:60], "train_000001": ids[60:108]}
+    parts |= {"val_000000": ids[108:113], "val_000001": ids[113:]}
+    for name, part in parts.items():
+        write_shard(folder / f"tiny_{name}.bin", [token for document in part for token in document])
+    value = sum(len(document) for document in ids[108:])
+    text_bytes = sum(len(sp.decode(document[1:]).encode()) for document in ids[108:])
+    return SimpleNamespace(path=folder, tokenizer=model, val_tokens=value, val_bytes=text_bytes)
+
+
+def start(cwd, **env):
+    """The script's process, in its own folder and with `env` only."""
+    return subprocess.Popen(
+        [sys.executable, str(SCRIPT)],
+        cwd=cwd,
+        env=CLEAN | {name: str(value) for name, value in env.items()},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def end_of(process, cwd, run_id, read=""):
+    """What a process printed and left: out, err, status, folder, events."""
+    out, err = process.communicate()
+    folder = cwd / "logs" / run_id
+    log = folder / "metrics.jsonl"
+    events = [json.loads(line) for line in log.read_text().splitlines()] if log.is_file() else []
+    return SimpleNamespace(
+        out=read + out, err=err, status=process.returncode, folder=folder, events=events
+    )
+
+
+def run(cwd, run_id, **env):
+    return end_of(start(cwd, RUN_ID=run_id, **env), cwd, run_id)
+
+
+@pytest.fixture(scope="session")
+def home(tmp_path_factory):
+    """The folder that the runs start in."""
+    return tmp_path_factory.mktemp("runs")
+
+
+@pytest.fixture(scope="session")
+def train(dataset, home):
+    """train(run_id, NAME=value, ...) runs the tiny training with changed knobs."""
+    return lambda run_id, **env: run(home, run_id, **{**TINY, "DATA_PATH": dataset.path, **env})
+
+
+@pytest.fixture(scope="session")
+def plain(train):
+    """The run that the others are compared with."""
+    result = train("plain", VAL_LOSS_EVERY=3)
+    assert result.status == 0, result.err
+    return result
+
+
+def final(result):
+    """The final record of a run that has to have ended well."""
+    assert result.status == 0, result.err
+    assert result.events[-1]["event"] == "final"
+    return result.events[-1]
+
+
+def error_of(result, status):
+    """The error's text of a run that has to have failed without a traceback."""
+    assert result.status == status, result.err
+    assert "Traceback" not in result.err
+    errors = [line for line in result.err.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1, result.err
+    return errors[0]
+
+
+def contents(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+# --------------------------------------------------------------------------------------------------
+# A whole run
+
+
+def test_lines_that_parsers_look_for(plain):
+    def lines(form):
+        return re.findall(rf"^{form}", plain.out, re.M)
+
+    end = r"(?= |$)"
+    step = rf"step:(\d)/6 train_loss:{NUMBER} train_time:\d+ms step_avg:{NUMBER}ms tok_s:\d+$"
+    assert lines(step) == list("123456")
+    assert lines(rf"step:(\d)/6 val_loss:{NUMBER} val_bpb:{NUMBER}$") == ["3", "6"]
+    (size,) = lines(rf"serialized_int6_zstd:(\d+) bytes{end}")
+    assert int(size) == (plain.folder / "artifact.bin").stat().st_size
+    score = (
+        rf"final_int6_zstd_roundtrip val_loss:({NUMBER}) val_bpb:({NUMBER}) eval_time:\d+ms{end}"
+    )
+    exact = r"\d+\.\d{8}"
+    exact = rf"final_int6_zstd_roundtrip_exact val_loss:({exact}) val_bpb:({exact}){end}"
+    (score,), (exact,) = lines(score), lines(exact)
+    record = final(plain)
+    for rounded, digits, name in zip(score, exact, ("val_loss", "val_bpb"), strict=True):
+        assert digits == f"{record[name]:.8f}"
+        assert rounded == f"{record[name]:.4f}"
+    assert "PART" not in plain.out
+
+
+def test_records(plain, dataset):
+    kinds = [event["event"] for event in plain.events]
+    assert kinds == [
+        "config",
+        *["train"] * 3,
+        "val",
+        *["train"] * 3,
+        "val",
+        "export",
+        "eval",
+        "final",
+    ]
+    assert {name.lower() for name in KNOWN} <= set(plain.events[0])
+    record = final(plain)
+    required = """val_bpb val_loss val_bpb_net val_tokens val_bytes code_bytes model_bytes
+    total_bytes train_tokens train_seconds tok_s eval_seconds peak_memory_bytes device mlx_version audit"""
+    assert set(required.split()) <= set(record)
+    assert (record["val_tokens"], record["val_bytes"]) == (
+        dataset.val_tokens - 1,
+        dataset.val_bytes,
+    )
+    assert record["val_whole"] is True
+    assert record["train_tokens"] == 6 * 512
+    assert record["code_bytes"] == SCRIPT.stat().st_size
+    assert record["model_bytes"] == (plain.folder / "artifact.bin").stat().st_size
+    assert record["total_bytes"] == record["code_bytes"] + record["model_bytes"]
+    assert record["audit"] in ("pass", "off")
+    assert math.isclose(
+        record["val_bpb"],
+        record["val_loss"] * record["val_tokens"] / record["val_bytes"] / math.log(2),
+    )
+    losses = [event["train_loss"] for event in plain.events if event["event"] == "train"]
+    assert losses[-1] < losses[0]
+
+
+def test_files(plain):
+    names = {path.name for path in plain.folder.iterdir()}
+    assert names == {"train.log", "metrics.jsonl", "model.safetensors", "artifact.bin"}
+    log, source = (plain.folder / "train.log").read_text(), SCRIPT.read_text()
+    assert log.startswith(source) and log.endswith(plain.out)
+    assert log[len(source) : -len(plain.out)].strip("=\n") == ""
+    weights, meta = t.mx.load(str(plain.folder / "model.safetensors"), return_metadata=True)
+    assert json.loads(meta["knobs"])["num_layers"] == 2
+    _, _, stored = t.read_artifact(plain.folder / "artifact.bin")
+    assert {n: w.shape for n, w in weights.items()} == {n: w.shape for n, w in stored.items()}
+
+
+def test_nothing_is_overwritten(plain, train):
+    before = contents(plain.folder)
+    error = error_of(train("plain"), 2)
+    assert "RUN_ID=plain" in error and "RESUME=1" in error
+    assert contents(plain.folder) == before
+
+
+def test_the_same_seed_gives_the_same_run(plain, train):
+    def lasting(result):
+        return [{k: v for k, v in e.items() if k not in FLEETING} for e in result.events]
+
+    again = train("again", VAL_LOSS_EVERY=3)
+    assert lasting(again) == lasting(plain)
+    artifact = plain.folder / "artifact.bin"
+    assert (again.folder / "artifact.bin").read_bytes() == artifact.read_bytes()
+    # Validation on the way changes nothing; another seed does.
+    silent = train("silent")
+    assert final(silent)["val_bpb"] == final(plain)["val_bpb"]
+    assert final(train("seed", SEED=2))["val_bpb"] != final(plain)["val_bpb"]
+
+
+# --------------------------------------------------------------------------------------------------
+# Scoring a file
+
+
+def test_a_file_is_scored_alone(plain, dataset, tmp_path):
+    """In another folder, with validation shards and nothing else: the same digits."""
+    shards = tmp_path / "shards"
+    shards.mkdir()
+    for path in dataset.path.glob("*_val_*.bin"):
+        shutil.copy(path, shards)
+    artifact = shutil.copy(plain.folder / "artifact.bin", tmp_path / "moved.bin")
+    cwd = tmp_path / "elsewhere"
+    cwd.mkdir()
+    env = {"EVAL_ONLY": artifact, "DATA_PATH": shards}
+    record = final(run(cwd, "alone", **env))
+    for name in ("val_bpb", "val_loss", "val_tokens", "val_bytes", "model_bytes", "total_bytes"):
+        assert record[name] == final(plain)[name], name
+    assert record["train_tokens"] == 0
+    # The window may be longer than the one of the preset that fits this machine.
+    long = final(run(cwd, "long", EVAL_SEQ_LEN=2048, EVAL_STRIDE=2048, **env))
+    assert long["val_bpb"] != record["val_bpb"]
+    damaged = tmp_path / "damaged.bin"
+    damaged.write_bytes(artifact.read_bytes()[:-9])
+    error = error_of(run(cwd, "bad", **{**env, "EVAL_ONLY": damaged}), 2)
+    assert "damaged.bin" in error
+
+
+def test_the_artifacts_own_window_counts(train, dataset, tmp_path):
+    """EVAL_STRIDE fits the window in the file, whatever this machine's preset has."""
+    made = train("window", EVAL_SEQ_LEN=2048, EVAL_STRIDE=512)
+    env = {"EVAL_ONLY": made.folder / "artifact.bin", "DATA_PATH": dataset.path}
+    again = run(tmp_path, "again", EVAL_STRIDE=2048, DEVICE="cpu", **env)
+    assert final(again)["val_bpb"] != final(made)["val_bpb"]
+
+
+def test_a_part_is_called_a_part(train, plain):
+    result = train("part", VAL_MAX_TOKENS=900, VAL_LOSS_EVERY=2)
+    record = final(result)
+    assert 300 < record["val_tokens"] < 900
+    scored = [event for event in result.events if "val_bpb" in event]
+    assert len(scored) == 5 and not any(event["val_whole"] for event in scored)
+    shown = [line for line in result.out.splitlines() if re.search("bpb|validation:", line)]
+    assert len(shown) >= 7 and all("PART" in line for line in shown), shown
+    # A limit that holds the whole text makes no part.
+    limit = final(plain)["val_tokens"] + 1
+    whole = train("whole", VAL_MAX_TOKENS=limit)
+    assert final(whole)["val_whole"] and "PART" not in whole.out
+
+
+def test_both_modes(train, plain):
+    result = train("both", EVAL_MODE="both")
+    scores = {e["mode"]: e["val_bpb"] for e in result.events if e["event"] == "eval"}
+    assert list(scores) == ["standard", "sliding"]
+    assert final(result)["val_bpb"] == scores["sliding"] == final(plain)["val_bpb"]
+    assert scores["standard"] != scores["sliding"]
+    exact = re.findall(rf"_exact val_loss:{NUMBER} val_bpb:({NUMBER})(.*)", result.out)
+    assert [digits for digits, _ in exact] == [f"{bpb:.8f}" for bpb in scores.values()]
+    assert [mode in label for mode, (_, label) in zip(scores, exact, strict=True)] == [True, True]
+    standard = final(train("standard", EVAL_MODE="standard"))
+    assert standard["val_bpb"] == scores["standard"]
+    equal = final(train("equal", EVAL_STRIDE=64))
+    assert math.isclose(equal["val_bpb"], scores["standard"], rel_tol=1e-6)
+
+
+# --------------------------------------------------------------------------------------------------
+# Runs that are cut short
+
+
+def checkpoint_of(result):
+    """(the arrays, the state) of a run's checkpoint; every number has to be finite."""
+    (path,) = (result.folder / "checkpoint").iterdir()
+    arrays, meta = t.mx.load(str(path), return_metadata=True)
+    assert arrays and all(t.mx.isfinite(a).all().item() for a in arrays.values())
+    return arrays, json.loads(meta["state"])
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(train):
+    result = train("nan", TIED_EMBED_LR=1e38, MATRIX_LR=1e38)
+    error = error_of(result, 1)
+    assert re.search("nan|inf", error) and "checkpoint" in error and "MATRIX_LR" in error
+    _, state = checkpoint_of(result)
+    trained = [event["step"] for event in result.events if event["event"] == "train"]
+    assert trained and state["step"] == trained[-1]
+    assert not (result.folder / "artifact.bin").exists()
+
+
+def test_an_interrupted_run_goes_on(train, dataset, home):
+    knobs = {"ITERATIONS": 90, "WARMDOWN_ITERS": 60, "EMA_START_FRAC": 0.01}
+    whole = train("uncut", **knobs)
+    env = {**TINY, "DATA_PATH": dataset.path, **knobs}
+    process, read = start(home, RUN_ID="cut", **env), ""
+    while "step:9/" not in read:
+        line = process.stdout.readline()
+        assert line, process.communicate()
+        read += line
+    process.send_signal(signal.SIGINT)
+    cut = end_of(process, home, "cut", read)
+    error = error_of(cut, 1)
+    assert "RESUME=1" in error and "RUN_ID=cut" in error
+    _, state = checkpoint_of(cut)
+    assert 9 <= state["step"] < 90
+    # Settings that would make another run of it are refused, and nothing is lost by that.
+    before = contents(cut.folder)
+    assert "MODEL_DIM" in error_of(train("cut", RESUME=1, **{**knobs, "MODEL_DIM": 64}), 2)
+    assert contents(cut.folder / "checkpoint").items() <= before.items()
+    rest = train("cut", RESUME=1, **knobs)
+    assert final(rest)["val_bpb"] == final(whole)["val_bpb"]
+    steps = [event["step"] for event in rest.events if event["event"] == "train"]
+    assert steps == list(range(1, 91))
+    artifacts = [(r.folder / "artifact.bin").read_bytes() for r in (rest, whole)]
+    assert artifacts[0] == artifacts[1]
+
+
+def test_only_a_checkpoint_can_be_resumed(train):
+    first = train("no-checkpoint")
+    assert "checkpoint" in error_of(train("no-checkpoint", RESUME=1), 2)
+    assert final(train("kept", CHECKPOINT_EVERY=6)) and final(first)
+    extended = train("kept", RESUME=1, ITERATIONS=8)
+    assert [e["step"] for e in extended.events if e["event"] == "train"] == list(range(1, 9))
+    assert "RUN_ID" in error_of(train("", RESUME=1), 2)
+
+
+# --------------------------------------------------------------------------------------------------
+# Mistakes
+
+
+@pytest.mark.parametrize(
+    "env, status, words",
+    [
+        ({"VOCAB_SIZE": 301}, 2, ["VOCAB_SIZE=301", "300"]),
+        ({"TOKENIZER_PATH": "absent.model"}, 2, ["TOKENIZER_PATH", "absent.model"]),
+        ({"DATA_PATH": "absent"}, 2, ["DATA_PATH", "absent"]),
+        ({"EVAL_ONLY": "absent.bin"}, 2, ["EVAL_ONLY", "absent.bin"]),
+        ({"VAL_MAX_TOKENS": 1}, 2, ["fewer than 2 tokens"]),
+        ({"OUT_DIR": str(SCRIPT)}, 2, ["OUT_DIR"]),
+    ],
+)
+def test_mistakes_take_a_line(train, env, status, words):
+    error = error_of(train("mistake-" + "-".join(env), **env), status)
+    assert all(word in error for word in words)
+
+
+def test_a_model_that_is_too_large_is_refused_before_training(train):
+    tables = {"BIGRAM_HASH_SIZE": 65536, "SKIPGRAM_HASH_SIZE": 65536}
+    result = train("large", ENGRAM_LITE_ENABLED=0, **tables)
+    error = error_of(result, 1)
+    excess = re.search(r"([\d,]+) bytes, ([\d,]+) over the limit of 16,000,000", error)
+    total, over = (int(number.replace(",", "")) for number in excess.groups())
+    assert total - over == 16_000_000
+    assert "bigram.table" in error and "skipgram.table" in error
+    assert [event["event"] for event in result.events] == ["config"]
+
+
+# --------------------------------------------------------------------------------------------------
+# Variants: each runs to its end, and does something
+
+
+VARIANTS = {
+    "baseline": "PRESET=baseline",
+    "h100": "PRESET=h100",
+    "bigram-hash": "ENGRAM_LITE_ENABLED=0 BIGRAM_HASH_SIZE=64",
+    "no-hashes": "ENGRAM_HASH_SIZE=0",
+    "skipgram": "SKIPGRAM_HASH_SIZE=64",
+    "qat": "LATE_QAT_THRESHOLD=1",
+    "swa": "USE_SWA=1",
+    "no-average": "EMA_DECAY=0",
+    "clip": "GRAD_CLIP_NORM=0.01 ADAM_EPS=0.001",
+    "bits": "WEIGHT_BITS=4",
+    "plain-loss": "COMPLEMENT_ALPHA=0",
+    "more-complement": "COMPLEMENT_ALPHA=1",
+    "one-layer": "NUM_LAYERS=1",
+    "odd-layers": "NUM_LAYERS=3 XSA_LAST_N=2",
+    "xsa": "XSA_LAST_N=2",
+    "no-smear": "SMEAR_ENABLED=0",
+    "no-ln-scale": "LN_SCALE_ENABLED=0",
+    "not-orthogonal": "USE_ORTHO_INIT=0",
+    "relu": "MLP_LEAK=0",
+    "mlp": "MLP_MULT=3",
+    "rope": "ROPE_DIMS=8",
+    "bfloat16": "COMPUTE_DTYPE=bfloat16",
+    "no-warmup": "WARMUP_STEPS=0 MUON_MOMENTUM_WARMUP_STEPS=0",
+    "decay": "MUON_WEIGHT_DECAY=0.1 ADAM_WEIGHT_DECAY=0.1",
+    "no-search": "USE_GPTQ_LITE=0",
+}
+# These change how a run is computed, not what: the score stays within rounding.
+EQUAL = {
+    "chunks": "LOGIT_CHUNK_TOKENS=100",
+    "microbatches": "MLX_MAX_MICROBATCH_TOKENS=64 GRAD_ACCUM_STEPS=3 MLX_EAGER_EVAL=0",
+    "workers": "WORKERS=1",
+    "eval-batch": "EVAL_BATCH_SEQS=1",
+    "checkpoints": "CHECKPOINT_EVERY=2",
+}
+
+
+@pytest.mark.parametrize("name", [*VARIANTS, *EQUAL])
+def test_variants(name, plain, dataset, tmp_path, capsys):
+    """Without a process of their own, to save the seconds of starting one."""
+    text = VARIANTS.get(name) or EQUAL[name]
+    env = {**TINY, "DATA_PATH": str(dataset.path), "OUT_DIR": str(tmp_path), "RUN_ID": "r"}
+    env |= dict(pair.split("=") for pair in text.split())
+    t.main(*t.knobs_from_env(env))
+    record = json.loads((tmp_path / "r" / "metrics.jsonl").read_text().splitlines()[-1])
+    bpb, usual = record["val_bpb"], final(plain)["val_bpb"]
+    assert math.isfinite(bpb) and bpb < 9  # a byte at a time, at random, costs 8
+    if name in EQUAL:
+        assert math.isclose(bpb, usual, rel_tol=1e-6)
+    else:
+        assert bpb != usual

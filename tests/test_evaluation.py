@@ -1,0 +1,237 @@
+"""Every target once, with enough context, by the net's own distribution; one BPB formula."""
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+from conftest import t, tiny_knobs
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+mx = t.mx
+VOCAB, BOS = 40, 1
+
+
+def silent(done, total, bpb):
+    """A progress that shows nothing."""
+
+
+def facts(seed=0):
+    """Tokenizer facts in which every kind of piece occurs."""
+    rng = np.random.default_rng(seed)
+    control = np.arange(VOCAB) < 4
+    size = np.where(control, 0, rng.integers(1, 7, VOCAB)).astype(np.uint16)
+    return t.Tokens(size, (rng.random(VOCAB) < 0.4) & ~control, control, BOS, True, "")
+
+
+# --------------------------------------------------------------------------------------------------
+# Windows
+
+shapes = st.integers(2, 90).flatmap(lambda n: st.tuples(st.just(n), st.integers(1, n)))
+
+
+@settings(deadline=None, max_examples=300)
+@given(st.integers(1, 700), shapes)
+def test_windows_score_each_target_once_in_order(targets, shape):
+    seq_len, stride = shape
+    scored = []
+    for start, first, end in t.windows(targets, seq_len, stride):
+        assert 0 <= start <= first < end <= min(start + seq_len, targets)
+        scored += range(first, end)
+        for target in range(first, end):  # input `target` is its last context token
+            assert target - start + 1 >= min(seq_len - stride, target + 1)
+    assert scored == list(range(targets))
+
+
+@settings(deadline=None)
+@given(st.integers(1, 300), st.integers(2, 50))
+def test_stride_of_a_window_is_the_standard_evaluation(targets, seq_len):
+    expected = [(a, a, min(a + seq_len, targets)) for a in range(0, targets, seq_len)]
+    assert list(t.windows(targets, seq_len, seq_len)) == expected
+
+
+# --------------------------------------------------------------------------------------------------
+# The stream
+
+
+class Counting(t.Workers):
+    """Workers that note the rows of every batch."""
+
+    def __init__(self, count=1):
+        super().__init__(count)
+        self.rows = []
+
+    def map(self, build, jobs):
+        self.rows.append(sum(len(job[0]) for job in jobs))
+        return super().map(build, jobs)
+
+
+@pytest.fixture(scope="module")
+def net():
+    """(model, weights) with every tensor noisy, so that each part of the net matters."""
+    model = t.GPT(tiny_knobs(COMPUTE_DTYPE="float32"), VOCAB, BOS)
+    params = dict(t.tree_flatten(model.parameters()))
+    keys = mx.random.split(mx.random.key(2), len(params))
+    params = {
+        n: p + 0.3 * mx.random.normal(p.shape, key=k)
+        for (n, p), k in zip(params.items(), keys, strict=True)
+    }
+    return model, params
+
+
+@pytest.fixture(scope="module")
+def text():
+    """Random tokens with documents of a few tokens to a few windows."""
+    rng = np.random.default_rng(4)
+    text = rng.integers(4, VOCAB, 150).astype(np.int32)
+    text[[0, 1, 9, 30, 31, 70, 148]] = BOS
+    return text
+
+
+def stream_of(net, text, shape, workers=None):
+    return t.net_stream(*net, text, shape, workers or t.Workers(1))
+
+
+def slow_log_probs(net, text, seq_len, stride):
+    """Each target by a forward pass of its own over just its context: (n - 1, V)."""
+    model, params = net
+    model.update(t.tree_unflatten(list(params.items())))
+    rows = []
+    for target in range(len(text) - 1):
+        behind = target - seq_len
+        start = 0 if behind < 0 else (behind // stride + 1) * stride
+        logits = model.log_probs(mx.array(text[None, start : target + 1]), 1)
+        rows.append(np.array(logits)[0, 0])
+    return np.stack(rows)
+
+
+@pytest.mark.parametrize(
+    "length, seq_len, stride, batch, workers",
+    [
+        (150, 16, 8, 3, 1),
+        (150, 16, 16, 4, 2),
+        (150, 16, 5, 100, 3),
+        (83, 32, 1, 7, 1),
+        (34, 33, 2, 2, 2),
+        (33, 32, 8, 2, 1),
+        (10, 16, 8, 3, 1),
+        (10, 16, 16, 3, 2),
+        (2, 16, 8, 3, 1),
+        (2, 16, 16, 3, 1),
+    ],
+)
+def test_stream_is_the_slow_forward_pass(net, text, length, seq_len, stride, batch, workers):
+    text = text[:length]
+    with t.Workers(workers) as several:
+        parts = list(stream_of(net, text, (seq_len, stride, batch), several))
+    assert [first for first, _ in parts] == np.cumsum([0] + [len(p) for _, p in parts])[
+        :-1
+    ].tolist()
+    got = np.concatenate([logs for _, logs in parts])
+    expected = slow_log_probs(net, text, seq_len, stride)
+    np.testing.assert_allclose(np.exp(got.astype(np.float64)).sum(axis=1), 1, atol=1e-5)
+    np.testing.assert_allclose(got, expected, atol=2e-4)
+
+
+def test_a_token_moves_nothing_before_it(net, text):
+    """Bit for bit: a token's distribution depends neither on it nor on any later one."""
+    changed = text.copy()
+    changed[60:] = (changed[60:] + 7) % VOCAB
+    one, two = (
+        np.concatenate([logs for _, logs in stream_of(net, x, (16, 8, 3))]) for x in (text, changed)
+    )
+    assert (one[:60] == two[:60]).all()  # row i is the distribution of token i + 1
+    assert (one[60] != two[60]).any()
+
+
+@pytest.mark.parametrize("length", [400, 4000])
+def test_stream_is_lazy(net, length):
+    """An item costs at most one batch, and no part outgrows a window, however long the text."""
+    text = np.random.default_rng(0).integers(4, VOCAB, length).astype(np.int32)
+    workers = Counting()
+    stream = stream_of(net, text, (16, 8, 3), workers)
+    done, last = 0, 0
+    for _ in range(12):
+        first, logs = next(stream)
+        assert first == done and len(logs) <= 16
+        assert len(workers.rows) <= last + 1 and max(workers.rows) <= 3
+        done, last = done + len(logs), len(workers.rows)
+    assert last <= 1 + math.ceil(11 / 3)
+
+
+# --------------------------------------------------------------------------------------------------
+# The score
+
+
+def made_up_stream(text, seed=1):
+    """([(first, logs)], all of them in one array): distributions in pieces of varying length."""
+    rng = np.random.default_rng(seed)
+    logits = rng.standard_normal((len(text) - 1, VOCAB)).astype(np.float32)
+    logs = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
+    cuts = [0, 1, 20, 21, 60, len(logs)]
+    return [(a, logs[a:b]) for a, b in itertools.pairwise(cuts)], logs
+
+
+def numpy_score(text, tokens, logs):
+    """(nats per token, bits per byte, bytes), token by token in Python."""
+    nats, size = 0.0, 0
+    for i in range(1, len(text)):
+        before, token = text[i - 1], text[i]
+        nats -= float(logs[i - 1, token])
+        stripped = tokens.dummy_prefix and tokens.leading[token] and tokens.control[before]
+        size += int(tokens.piece_bytes[token]) - int(stripped)
+    return nats / (len(text) - 1), nats / size / math.log(2), size
+
+
+def test_score_equals_the_formula(text):
+    tokens = facts()
+    parts, logs = made_up_stream(text)
+    seen = []
+    got = t.score(iter(parts), text, tokens, lambda *args: seen.append(args))
+    loss, bpb, size = numpy_score(text, tokens, logs)
+    assert math.isclose(got["val_loss"], loss, rel_tol=1e-12)
+    assert math.isclose(got["val_bpb"], bpb, rel_tol=1e-12)
+    assert (got["val_tokens"], got["val_bytes"]) == (149, size)
+    assert [done for done, _, _ in seen] == [1, 20, 21, 60, 149]
+    assert seen[-1] == (149, 149, got["val_bpb"])
+    # Bits per byte of the uniform distribution need no net to be known.
+    uniform = [(0, np.full((149, VOCAB), -math.log(VOCAB)))]
+    got = t.score(iter(uniform), text, tokens, silent)
+    assert math.isclose(got["val_bpb"], 149 * math.log2(VOCAB) / size)
+
+
+def test_sliding_by_a_whole_window_is_standard(net, text):
+    scores = [
+        t.score(stream_of(net, text, (16, 16, batch)), text, facts(), silent) for batch in (2, 5)
+    ]
+    expected = numpy_score(text, facts(), slow_log_probs(net, text, 16, 16))
+    for got in scores:
+        assert math.isclose(got["val_loss"], expected[0], rel_tol=1e-5)
+        assert math.isclose(got["val_bpb"], expected[1], rel_tol=1e-5)
+
+
+@settings(deadline=None)
+@given(st.permutations(range(5)), st.lists(st.integers(0, 4), max_size=2))
+def test_streams_out_of_order_are_refused(order, removed):
+    text = np.arange(4, 104, dtype=np.int32) % (VOCAB - 4) + 4
+    parts, _ = made_up_stream(text)
+    order = [i for i in order if i not in removed]
+    if order == list(range(5)):
+        assert t.score(iter(parts), text, facts(), silent)["val_tokens"] == 99
+        return
+    with pytest.raises(AssertionError):
+        t.score(iter([parts[i] for i in order]), text, facts(), silent)
+
+
+def test_streams_that_repeat_or_overlap_are_refused(text):
+    parts, logs = made_up_stream(text)
+    for wrong in (
+        [parts[0], *parts],
+        [*parts, parts[-1]],
+        [*parts[:2], (19, logs[19:21]), *parts[3:]],
+        [(0, logs[:-1])],
+        [],
+    ):
+        with pytest.raises(AssertionError):
+            t.score(iter(wrong), text, facts(), silent)

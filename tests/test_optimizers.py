@@ -1,0 +1,161 @@
+"""Parameter groups, Muon and Adam against MLX's own optimizers."""
+
+import mlx.core as mx
+import mlx.optimizers
+import numpy as np
+import pytest
+from conftest import tiny_knobs
+
+import train_gpt_mlx_kl as t
+
+EVERY_FEATURE = [{"ENGRAM_LITE_ENABLED": 1}, {"ENGRAM_LITE_ENABLED": 0}]
+
+
+def hyper(lr: float, momentum: float, step: int) -> dict[str, mx.array]:
+    return {n: mx.array(float(v)) for n, v in zip(("lr", "momentum", "step"), (lr, momentum, step),
+                                                  strict=True)}  # fmt: skip
+
+
+def normal(rng, *shape) -> mx.array:
+    return mx.array(rng.standard_normal(shape).astype(np.float32))
+
+
+def numpy_copies(params) -> dict[str, np.ndarray]:
+    return {name: np.array(p) for name, p in params.items()}
+
+
+# --------------------------------------------------------------------------------------------------
+# Groups
+
+
+@pytest.mark.parametrize("env", EVERY_FEATURE)
+def test_every_parameter_is_in_the_group_of_its_kind(env):
+    params = dict(t.tree_flatten(t.GPT(tiny_knobs(**env), 50, 1).parameters()))
+    groups = t.group_parameters(list(params))
+    assert groups.keys() == params.keys()
+    for name, group in groups.items():
+        matched = [g.name for g in t.GROUPS if t.re.fullmatch(g.pattern, name)]
+        assert matched == [group.name]
+        in_block = name.startswith("blocks.")
+        if in_block and name.endswith(".weight"):
+            expected = ("muon", "matrix_lr", "muon_weight_decay")
+        elif name == "tok_emb":
+            expected = ("adam", "tied_embed_lr", "adam_weight_decay")
+        elif name.endswith((".table", ".tables")):
+            expected = ("adam", "hash_lr", "adam_weight_decay")
+        elif name == "engram.proj":
+            expected = ("adam", "hash_proj_lr", "")
+        else:
+            expected = ("adam", "scalar_lr", "")
+        assert (group.optimizer, group.lr, group.decay) == expected, name
+
+
+@pytest.mark.parametrize("name", ["blocks.0.attn.extra", "tok_emb2", "xtok_emb", "head.weight"])
+def test_a_parameter_without_a_group_is_an_error(name):
+    with pytest.raises(AssertionError, match=name.replace(".", r"\.")):
+        t.group_parameters(["tok_emb", name])
+
+
+def test_a_parameter_in_two_groups_is_an_error(monkeypatch):
+    twice = t.dataclasses.replace(t.GROUPS[1], name="again", pattern="tok_.*")
+    monkeypatch.setattr(t, "GROUPS", (*t.GROUPS, twice))
+    with pytest.raises(AssertionError, match="again"):
+        t.group_parameters(["tok_emb"])
+
+
+# --------------------------------------------------------------------------------------------------
+# Updates
+
+
+@pytest.mark.parametrize("shape", [(12, 12), (32, 8), (8, 32)])
+@pytest.mark.parametrize("steps", [5, 3])
+def test_muon_is_mlx_muon(rng, shape, steps):
+    lr, momentum = 0.04, 0.9
+    cfg = tiny_knobs(MATRIX_LR=lr / 0.5, MUON_BACKEND_STEPS=steps)
+    theirs = mlx.optimizers.Muon(lr, momentum=momentum, weight_decay=0, ns_steps=steps)
+    p = normal(rng, 3, *shape)
+    buffer = mx.zeros_like(p)
+    trees = [{"w": p[i]} for i in range(3)]
+    optimizers = [theirs, *(mlx.optimizers.Muon(lr, momentum=momentum, weight_decay=0,
+                                                ns_steps=steps) for _ in range(2))]  # fmt: skip
+    for step in range(4):
+        g = normal(rng, 3, *shape) * mx.array([1.0, 1e-3, 1e3])[:, None, None]
+        p, buffer = t.muon(p, g, buffer, hyper(0.5, momentum, step + 1), cfg)
+        trees = [o.apply_gradients({"w": g[i]}, trees[i]) for i, o in enumerate(optimizers)]
+        for i, tree in enumerate(trees):
+            assert mx.abs(p[i] - tree["w"]).max().item() < 2e-5
+
+
+@pytest.mark.parametrize("shape", [(40, 10), (10, 40)])
+def test_muon_makes_singular_values_about_one(rng, shape):
+    singular = np.linalg.svd(np.array(t.orthogonalise(normal(rng, 2, *shape), 5)))[1]
+    assert singular.min() > 0.6
+    assert singular.max() < 1.3
+
+
+@pytest.mark.parametrize("shape", [(33,), (7, 5)])
+def test_adam_is_mlx_adam(rng, shape):
+    cfg = tiny_knobs(BETA1=0.8, BETA2=0.97, ADAM_EPS=1e-6)
+    theirs = mlx.optimizers.Adam(0.03, betas=[0.8, 0.97], eps=1e-6, bias_correction=True)
+    p, m, v = normal(rng, *shape), mx.zeros(shape), mx.zeros(shape)
+    tree = {"w": p}
+    for step in range(1, 7):
+        # from vanishing gradients, where epsilon decides, to large ones; some exactly 0
+        g = normal(rng, *shape) * mx.array(10.0 ** rng.integers(-8, 3, shape))
+        g = mx.where(mx.array(rng.random(shape) < 0.2), 0.0, g)
+        p, m, v = t.adam(p, g, m, v, mx.array(0.03), mx.array(float(step)), cfg, 0.0)
+        tree = theirs.apply_gradients({"w": g}, tree)
+        assert mx.abs(p - tree["w"]).max().item() < 1e-5
+
+
+def test_any_allowed_epsilon_leaves_untouched_parameters_finite():
+    eps = next(f.metadata["lo"] for f in t.dataclasses.fields(t.Knobs) if f.name == "adam_eps")
+    cfg = t.dataclasses.replace(tiny_knobs(), adam_eps=eps)
+    zero, one = mx.zeros((4,)), mx.array(1.0)
+    assert t.adam(zero, zero, zero, zero, one, one, cfg, 0.0)[0].tolist() == [0.0] * 4
+
+
+@pytest.mark.parametrize("env", EVERY_FEATURE)
+def test_decay_is_decoupled_and_proportional_to_the_learning_rate(rng, env):
+    cfg = tiny_knobs(MUON_WEIGHT_DECAY=0.3, ADAM_WEIGHT_DECAY=0.2, MATRIX_LR=0.05, **env)
+    shapes = {n: p.shape for n, p in t.tree_flatten(t.GPT(cfg, 50, 1).parameters())}
+    params = {n: normal(rng, *shape) for n, shape in shapes.items()}
+    groups = t.group_parameters(list(params))
+    grads = {n: mx.zeros_like(p) for n, p in params.items()}
+    opt = t.new_optimizer_state(params, groups)
+    new, state = t.apply_gradients(list(params), params, grads, opt, hyper(0.5, 0.9, 1), cfg)
+    assert state.keys() == opt.keys()
+    for name, p in params.items():
+        rates = {"matrices": 0.05 * 0.3, "embedding": 0.05 * 0.2, "tables": 0.05 * 0.2}
+        factor = 1 - 0.5 * rates.get(groups[name].name, 0)
+        assert np.allclose(np.array(new[name]), np.array(p) * factor, rtol=1e-6, atol=0), name
+
+
+@pytest.mark.parametrize("field", ["MATRIX_LR", "TIED_EMBED_LR", "HASH_LR", "HASH_PROJ_LR",
+                                   "SCALAR_LR"])  # fmt: skip
+@pytest.mark.parametrize("env", EVERY_FEATURE)
+def test_a_learning_rate_moves_its_own_group_only(make_trainer, env, field):
+    rates = dict.fromkeys(("MATRIX_LR", "TIED_EMBED_LR", "HASH_LR", "HASH_PROJ_LR", "SCALAR_LR"), 0)
+    trainer = make_trainer(**{**env, **rates, field: 0.1})
+    before = numpy_copies(trainer.params)
+    trainer.advance()
+    trainer.advance()
+    after = numpy_copies(trainer.params)
+    moved = {trainer.groups[n].lr for n in after if (after[n] != before[n]).any()}
+    exists = field.lower() in {group.lr for group in trainer.groups.values()}
+    assert moved == ({field.lower()} if exists else set())
+
+
+@pytest.mark.parametrize("env", EVERY_FEATURE)
+def test_every_parameter_moves_within_three_steps(make_trainer, env):
+    trainer = make_trainer(**env)
+    before = numpy_copies(trainer.params)
+    for _ in range(3):
+        trainer.advance()
+    after = numpy_copies(trainer.params)
+    for name, p in after.items():
+        changed = p != before[name]
+        if name.endswith((".table", ".tables")):  # a row that no context hit stays
+            assert changed.any(axis=1).mean() > 0.5, name
+        else:
+            assert changed.mean() > 0.99, (name, changed.mean())
