@@ -49,6 +49,7 @@ import os
 import platform
 import re
 import shutil
+import signal
 import struct
 import subprocess
 import sys
@@ -132,7 +133,7 @@ class Knobs:
     mlp_mult: int = knob(3, "hidden width of the MLP / D", lo=1, hi=16)
     mlp_leak: float = knob(0.5, "slope below 0 before squaring; 0: relu squared", lo=0, hi=1)
     tied_embed_init_std: float = knob(0.005, "std of the token embedding at start", lo=0)
-    logit_softcap: float = knob(30.0, "logits are cap * tanh(logits / cap)", lo=1, hi=80)
+    logit_softcap: float = knob(30.0, "logits are cap * tanh(logits / cap)", lo=1, hi=40)
     logit_chunk_tokens: int = knob(0, "tokens a piece of the vocabulary head; 0: all", lo=0)
     rope_base: float = knob(10_000.0, "RoPE base", lo=1)
     rope_dims: int = knob(16, "head dimensions that rotate; 0: all", lo=0)
@@ -149,14 +150,16 @@ class Knobs:
     bigram_hash_size: int = knob(4096, "rows of BigramHash's table; 0: off", lo=0, hi=65536)
     skipgram_hash_size: int = knob(0, "rows of SkipGram's table; 0: off", lo=0, hi=65536)
 
-    tied_embed_lr: float = knob(0.05, "Adam: token embedding", lo=0)
-    matrix_lr: float = knob(0.04, "Muon: block matrices", lo=0)
-    scalar_lr: float = knob(0.04, "Adam: gains, gates, scales", lo=0)
-    hash_lr: float = knob(0.05, "Adam: hash tables", lo=0)
-    hash_proj_lr: float = knob(0.01, "Adam: EngramLite's projection to the vocabulary", lo=0)
+    tied_embed_lr: float = knob(0.05, "Adam: token embedding", lo=0, hi=1e9)
+    matrix_lr: float = knob(0.04, "Muon: block matrices", lo=0, hi=1e9)
+    scalar_lr: float = knob(0.04, "Adam: gains, gates, scales", lo=0, hi=1e9)
+    hash_lr: float = knob(0.05, "Adam: hash tables", lo=0, hi=1e9)
+    hash_proj_lr: float = knob(
+        0.01, "Adam: EngramLite's projection to the vocabulary", lo=0, hi=100
+    )
     beta1: float = knob(0.9, "Adam: decay of the first moment", lo=0, hi=0.9999)
     beta2: float = knob(0.95, "Adam: decay of the second moment", lo=0, hi=0.99999)
-    adam_eps: float = knob(1e-8, "Adam: epsilon", lo=0)
+    adam_eps: float = knob(1e-8, "Adam: epsilon", lo=1e-20, hi=1)
     muon_momentum: float = knob(0.95, "Muon: momentum", lo=0, hi=0.9999)
     muon_backend_steps: int = knob(5, "Muon: Newton-Schulz steps", lo=1, hi=20)
     muon_momentum_warmup_start: float = knob(0.85, "Muon: momentum at step 0", lo=0, hi=0.9999)
@@ -190,15 +193,16 @@ GROUP_TITLES = {
 }  # fmt: skip
 
 PRESETS = {
-    "cpu": """ITERATIONS=1000000 MAX_WALLCLOCK_SECONDS=110 TRAIN_BATCH_TOKENS=4096
+    "cpu": """ITERATIONS=1000000 MAX_WALLCLOCK_SECONDS=110 TRAIN_BATCH_TOKENS=2048
         GRAD_ACCUM_STEPS=1 TRAIN_SEQ_LEN=256 WARMUP_STEPS=1 WARMDOWN_ITERS=400 TRAIN_LOG_EVERY=50
-        NUM_LAYERS=4 MODEL_DIM=256 NUM_HEADS=4 NUM_KV_HEADS=2 MLP_MULT=2 XSA_LAST_N=0
-        ENGRAM_EMBED_DIM=64 MUON_MOMENTUM_WARMUP_STEPS=200 EMA_DECAY=0.98 EVAL_STRIDE=128""",
+        NUM_LAYERS=4 MODEL_DIM=192 NUM_HEADS=3 NUM_KV_HEADS=1 MLP_MULT=2 XSA_LAST_N=0
+        ENGRAM_EMBED_DIM=64 MATRIX_LR=0.02 MUON_MOMENTUM_WARMUP_STEPS=200 EMA_DECAY=0.98
+        EVAL_STRIDE=128""",
     "mac": """TRAIN_BATCH_TOKENS=32768 GRAD_ACCUM_STEPS=1 NUM_LAYERS=9 MLP_MULT=2
         ENGRAM_HASH_SIZE=4096 ENGRAM_EMBED_DIM=128 WARMUP_STEPS=2 WARMDOWN_ITERS=300
         MUON_MOMENTUM_WARMUP_STEPS=200 TRAIN_LOG_EVERY=20 EVAL_STRIDE=512
         VAL_MAX_TOKENS=4194304""",
-    "h100": "NUM_LAYERS=11 MLP_MULT=2 ENGRAM_HASH_SIZE=2048 ENGRAM_EMBED_DIM=128",
+    "h100": "NUM_LAYERS=10 MLP_MULT=2 ENGRAM_EMBED_DIM=64",
     "baseline": """NUM_LAYERS=9 MLP_MULT=2 MLP_LEAK=0 ROPE_DIMS=0 XSA_LAST_N=0 LN_SCALE_ENABLED=0
         USE_ORTHO_INIT=0 USE_SMEARGATE=0 ENGRAM_LITE_ENABLED=0 BIGRAM_HASH_SIZE=0
         COMPLEMENT_ALPHA=0 WARMDOWN_ITERS=1200 EMA_DECAY=0 WEIGHT_BITS=7 EVAL_MODE=standard""",
@@ -227,7 +231,7 @@ def parse_value(kind: type, meta: dict[str, Any], text: str) -> Any:
         value = kind(text)
     except ValueError:
         raise ValueError("must be a whole number" if kind is int else "must be a number") from None
-    if not meta["lo"] <= value <= meta["hi"] or not math.isfinite(value):
+    if not meta["lo"] <= value <= min(meta["hi"], 1e18):  # also false for nan and inf
         raise ValueError(f"must be from {meta['lo']} to {meta['hi']}".replace("to inf", "up"))
     return value
 
@@ -565,8 +569,6 @@ def check_ids(tokens: Any, vocab: int, name: object) -> Any:
 
 def find_shards(folder: Path, split: str) -> list[Path]:
     """Sorted shards of a split. Raises UserError if there are none."""
-    if not folder.is_dir():
-        raise UserError(f"DATA_PATH={folder}: no such folder")
     paths = sorted(folder.glob(f"*_{split}_*.bin"))
     if not paths:
         raise UserError(f"DATA_PATH={folder}: holds no *_{split}_*.bin: see data/prepare.py")
@@ -585,6 +587,8 @@ def locate_data(cfg: Knobs) -> tuple[Path, Path | None, str]:
         folder, line = stdlib, "data: text that Python carries (set DATA_PATH for another)"
         if not list(stdlib.glob("*_val_*.bin")):
             make_stdlib()
+    if not folder.is_dir():
+        raise UserError(f"DATA_PATH={folder}: no such folder")
     line += f", {folder}"
     if cfg.eval_only:
         return folder, None, line
@@ -606,10 +610,13 @@ def make_stdlib() -> None:
 
 def tokenizer_beside(folder: Path) -> Path:
     """The tokenizer of a dataset in the public layout: ../../tokenizers/NAME_VOCAB_bpe.model."""
-    home, manifest = folder.resolve().parent.parent / "tokenizers", folder / "manifest.json"
-    names = []
+    folder = folder.resolve()
+    home, manifest, names = folder.parent.parent / "tokenizers", folder / "manifest.json", []
     if manifest.is_file():
-        names.append(str(json.loads(manifest.read_text()).get("tokenizer", "")))
+        try:
+            names.append(str(json.loads(manifest.read_text())["tokenizer"]))
+        except (ValueError, TypeError, KeyError):
+            raise UserError(f"{manifest}: names no tokenizer: set TOKENIZER_PATH") from None
     match = re.fullmatch(r"(?:fineweb10B|(.+))_sp(\d+)", folder.name)
     if match:
         names.append(f"{match[1] or 'fineweb'}_{match[2]}_bpe.model")
@@ -742,7 +749,7 @@ def hash_context(tokens: list[mx.array], size: int, order: int, head: int) -> mx
     uint32 multiply-xor-shift; each (order, head) has its own odd multiplier, so that heads collide
     independently. The reduction takes any size up to 65,536.
     """
-    multiplier = mx.array((0x9E3779B1 * (16 * order + 2 * head + 1)) & 0xFFFFFFFF, mx.uint32)
+    multiplier = mx.array((0x9E3779B1 * (32 * order + 2 * head + 1)) & 0xFFFFFFFF, mx.uint32)
     h = mx.zeros(tokens[0].shape, mx.uint32) + multiplier
     for token in tokens:
         h = (h ^ token.astype(mx.uint32)) * multiplier
@@ -783,16 +790,27 @@ def power_128(half: mx.array) -> mx.array:
 
 
 def fast_exp(x: mx.array) -> mx.array:
-    """exp(x) for -80 < x < 80 within 4e-5 relative (1e-5 above -20); 0 for very negative x."""
+    """exp(x): relative error 2e-5 for |x| < 20, 5e-5 for < 30, 1e-2 for < 80; 0 far below."""
     return power_128(half_exp_root(x))
 
 
 @compiled
-def fast_tanh(x: mx.array) -> mx.array:
-    """tanh(x) by Lambert's continued fraction: within 2e-7 for |x| < 1.5, 1e-4 for |x| < 5."""
+def clamp_5(x: mx.array) -> mx.array:
+    """x between -4.9 and 4.9, without a comparison."""
+    return 0.5 * (mx.abs(x + 4.9) - mx.abs(x - 4.9))
+
+
+@compiled
+def lambert(x: mx.array) -> mx.array:
+    """Lambert's continued fraction of tanh(x), for |x| < 5."""
     u = x * x
     top = x * (135135 + u * (17325 + u * (378 + u)))
     return top / (135135 + u * (62370 + u * (3150 + u * 28)))
+
+
+def fast_tanh(x: mx.array) -> mx.array:
+    """tanh(x): absolute error 1e-6 for |x| < 1.5, 2e-4 anywhere; bounded by 1."""
+    return lambert(clamp_5(x))
 
 
 def query_blocks(length: int) -> list[tuple[int, int]]:
@@ -811,7 +829,7 @@ def cpu_attention(q: mx.array, k: mx.array, v: mx.array) -> list[mx.array]:
     """Causal attention. q (B, Hkv, G, T, d), scaled; k, v (B, Hkv, T, d).
 
     Returns [out (B, Hkv, G, T, d), then for each query block its exponentials and their sums].
-    Scores need no maximum taken off: normalised queries and keys bound them (see QK_GAIN_LIMIT).
+    Scores need no maximum taken off: normalised queries and keys bound them (see SCORE_LIMIT).
     """
     group, length = q.shape[2], q.shape[3]
     outs, saved = [], []
@@ -911,7 +929,7 @@ def squared_leaky_relu(leak: float) -> Callable[[mx.array], mx.array]:
 # MODEL: the public baseline's GPT, with hashed contexts added to its logits
 # ==================================================================================================
 
-QK_GAIN_LIMIT = 10.0  # |score| <= gain * sqrt(head_dim): keeps exponentials in float32's range
+SCORE_LIMIT = 80.0  # |score| <= gain * sqrt(head_dim): keeps exponentials in float32's range
 
 
 def rms_norm(x: mx.array) -> mx.array:
@@ -975,7 +993,8 @@ class Attention(nn.Module):
                 offset=0,
             )
 
-        gain = mx.minimum(self.q_gain, QK_GAIN_LIMIT).astype(x.dtype)[:, None, None]
+        gain = mx.minimum(self.q_gain, SCORE_LIMIT / self.head_dim**0.5)
+        gain = gain.astype(x.dtype)[:, None, None]
         q = turn(split(self.c_q(x), self.heads)) * gain
         k = turn(split(self.c_k(x), self.kv_heads))
         v = split(self.c_v(x), self.kv_heads)
@@ -1160,13 +1179,14 @@ class GPT(nn.Module):
         return nn.losses.cross_entropy(self.cap * mx.tanh(logits / self.cap), y)
 
     def log_probs(self, x: mx.array, last: int) -> mx.array:
-        """Inputs (B, T) -> log-distributions after the last positions: (B, last, V) float32."""
+        """Inputs (B, T) -> log-distributions after the last positions: (B, last, V) float32.
+
+        Scores are made of these, so they take MLX's exact functions on every device.
+        """
         f, weight, bias = self.head_inputs(x, last)
-        scaled = (f @ weight.T + bias).astype(mx.float32) / self.cap
-        t = fast_tanh(scaled) if on_cpu() else mx.tanh(scaled)
-        exps = fast_exp(t * self.cap) if on_cpu() else mx.exp(t * self.cap)
-        log_z = mx.log(mx.sum(exps, axis=-1, keepdims=True))
-        return (t * self.cap - log_z).reshape(x.shape[0], last, -1)
+        logits = self.cap * mx.tanh((f @ weight.T + bias).astype(mx.float32) / self.cap)
+        logs = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+        return logs.reshape(x.shape[0], last, -1)
 
 
 def compute_dtype(cfg: Knobs) -> str:
@@ -1579,7 +1599,7 @@ class Trainer:
 
     def save(self) -> Path:
         """Write the state to checkpoint/ in the run's folder, whole or not at all."""
-        path = self.report.folder / "checkpoint" / "state.safetensors"
+        path = self.report.checkpoint
         path.parent.mkdir(exist_ok=True)
         kinds = {"params": self.params, "opt": self.opt, "average": self.average}
         arrays = {f"{kind}:{n}": a for kind, tree in kinds.items() for n, a in tree.items()}
@@ -1591,10 +1611,7 @@ class Trainer:
 
     def load(self) -> None:
         """Take the state from checkpoint/. Raises UserError if the settings do not fit it."""
-        path = self.report.folder / "checkpoint" / "state.safetensors"
-        if not path.is_file():
-            raise UserError(f"RESUME=1: there is no {path}: unset RESUME and choose another RUN_ID")
-        arrays, meta = mx.load(str(path), return_metadata=True)
+        arrays, meta = mx.load(str(self.report.checkpoint), return_metadata=True)
         saved = json.loads(meta["knobs"])
         free = (
             "iterations",
@@ -1623,18 +1640,22 @@ def train(trainer: Trainer, validation: Validation) -> None:
     def due(every: int) -> bool:
         return bool(every) and trainer.step % every == 0
 
+    interrupted = threading.Event()
+    handler = signal.signal(signal.SIGINT, lambda *_: interrupted.set())  # between steps only
     try:
         while not trainer.finished():
             event = trainer.advance()
             if due(cfg.train_log_every) or (cfg.train_log_every and trainer.step <= 5):
                 report.event(event, TRAIN_LINE)
+            if interrupted.is_set():
+                go_on = f"RESUME=1 RUN_ID={report.folder.name}"
+                raise RunFailed(f"stopped; {trainer.save()} holds step {trainer.step}: {go_on}")
             if due(cfg.val_loss_every) and not trainer.finished():
                 validation.during_training(trainer)
             if due(cfg.checkpoint_every):
                 trainer.save()
-    except KeyboardInterrupt:
-        go_on = f"RESUME=1 RUN_ID={report.folder.name}"
-        raise RunFailed(f"stopped; {trainer.save()} holds step {trainer.step}: {go_on}") from None
+    finally:
+        signal.signal(signal.SIGINT, handler)
 
 
 # ==================================================================================================
@@ -1643,7 +1664,7 @@ def train(trainer: Trainer, validation: Validation) -> None:
 
 CLIP_RATIOS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65)
 MAGIC, FORMAT_VERSION = b"MLXGOLF1", 1
-PREFIX = struct.Struct("<8sHB32s")  # magic, version, compressor, SHA-256 of what follows
+PREFIX = struct.Struct("<8sHB32s")  # magic, version, compressor, SHA-256 of those two and the rest
 # Bytes a value after compression, for rows of Gaussian noise (measured, brotli 11).
 NOISE_BYTES = {4: 0.445, 5: 0.56, 6: 0.68, 7: 0.80, 8: 0.925}
 
@@ -1731,6 +1752,11 @@ def unpack_tensors(rows: list, raw: bytes) -> Arrays:
     return out
 
 
+def checksum(version: int, compressor: int, body: bytes) -> bytes:
+    """SHA-256 of all that an artifact holds after its magic number."""
+    return hashlib.sha256(struct.pack("<HB", version, compressor) + body).digest()
+
+
 LOCAL_KNOBS = ("run_id", "out_dir", "eval_only", "data_path", "tokenizer_path", "resume", "blas")
 
 
@@ -1747,7 +1773,7 @@ def write_artifact(
     raw = struct.pack("<I", len(header)) + header + table + b"".join(blobs)
     packed = [compress(raw) for _, compress, _ in compressors()]
     best = min(range(len(packed)), key=lambda i: len(packed[i]))
-    digest = hashlib.sha256(packed[best]).digest()
+    digest = checksum(FORMAT_VERSION, best, packed[best])
     part = path.with_suffix(".part")
     part.write_bytes(PREFIX.pack(MAGIC, FORMAT_VERSION, best, digest) + packed[best])
     part.replace(path)
@@ -1799,9 +1825,9 @@ def read_artifact(path: Path) -> tuple[dict[str, Any], Tokens, Arrays]:
         raise UserError(f"{path}: not an artifact of this script")
     _, version, number, digest = PREFIX.unpack_from(blob)
     body = blob[PREFIX.size :]
-    if version != FORMAT_VERSION or number >= len(compressors()):
+    if version != FORMAT_VERSION:
         raise UserError(f"{path}: format version {version}; this script reads {FORMAT_VERSION}")
-    if hashlib.sha256(body).digest() != digest:
+    if checksum(version, number, body) != digest:
         raise UserError(f"{path}: cut short or altered (its checksum does not fit): copy it again")
     raw = compressors()[number][2](body)
     (length,) = struct.unpack_from("<I", raw)
@@ -1906,6 +1932,9 @@ class Report:
         if self.folder.exists() and not cfg.resume:
             raise UserError(f"RUN_ID={name}: {self.folder} exists and is never overwritten: "
                             "choose another RUN_ID, or go on with RESUME=1")  # fmt: skip
+        self.checkpoint = self.folder / "checkpoint" / "state.safetensors"
+        if cfg.resume and not self.checkpoint.is_file():
+            raise UserError(f"RESUME=1: there is no {self.checkpoint}: unset RESUME")
         try:
             self.folder.mkdir(parents=True, exist_ok=cfg.resume)
         except OSError as error:
@@ -1966,7 +1995,7 @@ ROUNDTRIP_LINES = (
     "final_int6_zstd_roundtrip_exact val_loss:{val_loss:.8f} val_bpb:{val_bpb:.8f}{part} [{mode}]",
 )
 CONFIG_LINES = (
-    "machine: {device}, MLX {mlx_version}, {compute_dtype}, {workers_used} worker(s), "
+    "machine: {machine}, MLX {mlx_version}, {dtype_used}, {workers_used} worker(s), "
     "{gflops:.0f} GFLOP/s; BLAS: {blas_used}",
     "preset {preset}: {num_layers} layers x {model_dim}, {num_heads} heads, {num_kv_heads} KV "
     "heads, MLP {mlp_mult}x, seq {train_seq_len}, {train_batch_tokens} tokens a step",
@@ -2009,7 +2038,8 @@ class Validation:
         begin, length = time.perf_counter(), eval_length(self.cfg)
         stride = length if mode == "standard" else min(self.cfg.eval_stride, length)
         stream = net_stream(self.model, params, self.text, (length, stride, batch), self.workers)
-        result = score(stream, self.text, self.tokens, self.report.progress(f"eval {mode}"))
+        label = f"eval {mode}" if self.whole else f"eval {mode} (PART of the text)"
+        result = score(stream, self.text, self.tokens, self.report.progress(label))
         seconds = time.perf_counter() - begin
         return {"mode": mode, **result, "val_whole": self.whole, "eval_time_ms": 1000 * seconds}
 
@@ -2032,11 +2062,11 @@ def gigaflops(workers: Workers) -> float:
 
 def describe_machine(cfg: Knobs, workers: Workers) -> dict[str, Any]:
     """Facts of the machine for the config event."""
-    kind = "cpu" if on_cpu() else "gpu"
+    machine = f"{platform.system()} {platform.machine()} {'cpu' if on_cpu() else 'gpu'}"
     return {
-        "device": f"{platform.system()} {platform.machine()} {kind}", "mlx_version": mx.__version__,
-        "compute_dtype": compute_dtype(cfg), "blas_used": BLAS_NAME if on_cpu() else "not used",
-        "workers_used": workers.count, "gflops": gigaflops(workers),
+        "machine": machine, "mlx_version": mx.__version__, "dtype_used": compute_dtype(cfg),
+        "blas_used": BLAS_NAME if on_cpu() else "not used", "workers_used": workers.count,
+        "gflops": gigaflops(workers),
     }  # fmt: skip
 
 
@@ -2142,7 +2172,7 @@ def main(cfg: Knobs, warnings: list[str]) -> None:
         **made, **result, "event": "final", "val_bpb_net": result["val_bpb"],
         "eval_seconds": result["eval_time_ms"] / 1000, "peak_memory_bytes": peak_memory(),
         "tok_s": made["train_tokens"] / max(made["train_seconds"], 1e-9),
-        "device": machine["device"], "mlx_version": mx.__version__, "audit": "off",
+        "device": machine["machine"], "mlx_version": mx.__version__, "audit": "off",
     }  # fmt: skip
     report.event(final, FINAL_LINE)
     report.line(f"everything is in {report.folder}")
@@ -2153,3 +2183,5 @@ if __name__ == "__main__":
         main(CFG, CFG_WARNINGS)
     except UserError as error:
         exit_with(error)
+    except KeyboardInterrupt:
+        exit_with(RunFailed("interrupted"))

@@ -19,24 +19,10 @@ SCRIPT = ROOT / "train_gpt_mlx_kl.py"
 NUMBER = r"\d+\.\d+"
 
 # A run of a second. On CPUs the same seed gives the same bits.
-TINY = {
-    "DEVICE": "cpu",
-    "WORKERS": "2",
-    "NUM_LAYERS": "2",
-    "MODEL_DIM": "32",
-    "NUM_HEADS": "2",
-    "NUM_KV_HEADS": "1",
-    "TRAIN_SEQ_LEN": "64",
-    "TRAIN_BATCH_TOKENS": "512",
-    "ITERATIONS": "6",
-    "WARMDOWN_ITERS": "3",
-    "WARMUP_STEPS": "1",
-    "MAX_WALLCLOCK_SECONDS": "0",
-    "EVAL_STRIDE": "16",
-    "ENGRAM_HASH_SIZE": "64",
-    "ENGRAM_EMBED_DIM": "8",
-    "TRAIN_LOG_EVERY": "1",
-}
+TINY = """DEVICE=cpu WORKERS=2 NUM_LAYERS=2 MODEL_DIM=32 NUM_HEADS=2 NUM_KV_HEADS=1 EVAL_STRIDE=16
+TRAIN_SEQ_LEN=64 TRAIN_BATCH_TOKENS=512 ITERATIONS=6 WARMDOWN_ITERS=3 WARMUP_STEPS=1
+MAX_WALLCLOCK_SECONDS=0 ENGRAM_HASH_SIZE=64 ENGRAM_EMBED_DIM=8 TRAIN_LOG_EVERY=1"""
+TINY = dict(pair.split("=") for pair in TINY.split())
 KNOWN = {field.name.upper() for field in t.dataclasses.fields(t.Knobs)}
 CLEAN = {name: value for name, value in os.environ.items() if name not in KNOWN}
 # What two equal runs may differ in.
@@ -54,13 +40,9 @@ def dataset(tmp_path_factory):
     rng = random.Random(1)
     words = ["".join(rng.choices("etaoinshrdlu", k=rng.randint(1, 7))) for _ in range(60)]
     texts = [" ".join(rng.choices(words, k=rng.randint(20, 120))) + " né\n" for _ in range(120)]
+    options = {"vocab_size": 300, "model_type": "bpe", "byte_fallback": True, "minloglevel": 2}
     spm.SentencePieceTrainer.train(
-        sentence_iterator=iter(texts),
-        model_prefix=str(model.with_suffix("")),
-        vocab_size=300,
-        model_type="bpe",
-        byte_fallback=True,
-        minloglevel=2,
+        sentence_iterator=iter(texts), model_prefix=str(model.with_suffix("")), **options
     )
     sp = spm.SentencePieceProcessor(model_file=str(model))
     ids = [[1, *sp.encode(text)] for text in texts]
@@ -88,12 +70,13 @@ def start(cwd, **env):
 def end_of(process, cwd, run_id, read=""):
     """What a process printed and left: out, err, status, folder, events."""
     out, err = process.communicate()
+    # Slow machines are shown a running score, which the log leaves out.
+    out = re.sub(r"^eval \w+: \d+/.*\n", "", read + out, flags=re.M)
     folder = cwd / "logs" / run_id
     log = folder / "metrics.jsonl"
     events = [json.loads(line) for line in log.read_text().splitlines()] if log.is_file() else []
-    return SimpleNamespace(
-        out=read + out, err=err, status=process.returncode, folder=folder, events=events
-    )
+    status = process.returncode
+    return SimpleNamespace(out=out, err=err, status=status, folder=folder, events=events)
 
 
 def run(cwd, run_id, **env):
@@ -182,7 +165,8 @@ def test_records(plain, dataset):
     assert {name.lower() for name in KNOWN} <= set(plain.events[0])
     record = final(plain)
     required = """val_bpb val_loss val_bpb_net val_tokens val_bytes code_bytes model_bytes
-    total_bytes train_tokens train_seconds tok_s eval_seconds peak_memory_bytes device mlx_version audit"""
+    total_bytes train_tokens train_seconds tok_s eval_seconds peak_memory_bytes device
+    mlx_version audit"""
     assert set(required.split()) <= set(record)
     assert (record["val_tokens"], record["val_bytes"]) == (
         dataset.val_tokens - 1,
@@ -212,6 +196,7 @@ def test_files(plain):
     assert json.loads(meta["knobs"])["num_layers"] == 2
     _, _, stored = t.read_artifact(plain.folder / "artifact.bin")
     assert {n: w.shape for n, w in weights.items()} == {n: w.shape for n, w in stored.items()}
+    assert (weights["skips"] == stored["skips"]).all()  # float32 in both
 
 
 def test_nothing_is_overwritten(plain, train):
@@ -312,7 +297,7 @@ def checkpoint_of(result):
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(train):
-    result = train("nan", TIED_EMBED_LR=1e38, MATRIX_LR=1e38)
+    result = train("nan", TIED_EMBED_INIT_STD=1e37)
     error = error_of(result, 1)
     assert re.search("nan|inf", error) and "checkpoint" in error and "MATRIX_LR" in error
     _, state = checkpoint_of(result)
@@ -417,7 +402,6 @@ VARIANTS = {
     "bfloat16": "COMPUTE_DTYPE=bfloat16",
     "no-warmup": "WARMUP_STEPS=0 MUON_MOMENTUM_WARMUP_STEPS=0",
     "decay": "MUON_WEIGHT_DECAY=0.1 ADAM_WEIGHT_DECAY=0.1",
-    "no-search": "USE_GPTQ_LITE=0",
 }
 # These change how a run is computed, not what: the score stays within rounding.
 EQUAL = {

@@ -121,25 +121,17 @@ def test_not_a_tokenizer(tmp_path):
 # Shards
 
 
-def spoil_magic(raw):
-    return b"\0\0\0\0" + raw[4:]
+SPOILED = {
+    "magic": lambda raw: b"\0" + raw[1:],
+    "version": lambda raw: raw[:4] + b"\2" + raw[5:],
+    "cut": lambda raw: raw[:-1],
+    "longer": lambda raw: raw + b"\0\0",
+    "no header": lambda raw: raw[:900],
+    "empty": lambda raw: b"",
+}
 
 
-def spoil_version(raw):
-    return raw[:4] + b"\2" + raw[5:]
-
-
-@pytest.mark.parametrize(
-    "spoil",
-    [
-        spoil_magic,
-        spoil_version,
-        lambda raw: raw[:-1],
-        lambda raw: raw + b"\0\0",
-        lambda raw: raw[:900],
-        lambda raw: b"",
-    ],
-)
+@pytest.mark.parametrize("spoil", SPOILED.values(), ids=SPOILED)
 def test_broken_shards_are_named(tmp_path, spoil):
     path = write_shard(tmp_path / "x_train_000000.bin", range(50))
     assert t.open_shard(path).tolist() == list(range(50))
@@ -172,7 +164,7 @@ def test_ids_outside_the_vocabulary_are_named(tmp_path):
 
 def test_missing_shards_are_named(tmp_path):
     with pytest.raises(t.UserError, match="no such folder"):
-        t.find_shards(tmp_path / "absent", "val")
+        t.locate_data(tiny_knobs(DATA_PATH=tmp_path / "absent"))
     with pytest.raises(t.UserError, match="_val_"):
         t.find_shards(tmp_path, "val")
     write_shard(tmp_path / "x_train_0.bin", range(9))
@@ -253,7 +245,8 @@ def make_dataset(home, name, tokenizer="", manifest=None):
     """An empty dataset in the public layout under home/data."""
     folder = home / "data" / "datasets" / name
     folder.mkdir(parents=True)
-    write_shard(folder / "x_train_000000.bin", range(9))
+    for split in ("train", "val"):
+        write_shard(folder / f"x_{split}_000000.bin", range(9))
     (home / "data" / "tokenizers").mkdir(exist_ok=True)
     if tokenizer:
         (home / "data" / "tokenizers" / tokenizer).write_bytes(b"")
@@ -265,13 +258,11 @@ def make_dataset(home, name, tokenizer="", manifest=None):
 def test_fineweb_comes_before_stdlib(tmp_path, monkeypatch):
     monkeypatch.setattr(t, "HERE", tmp_path)
     made = []
-    monkeypatch.setattr(
-        t,
-        "make_stdlib",
-        lambda: made.append(
-            make_dataset(tmp_path, "stdlib_sp1024", "s.model", {"tokenizer": "s.model"})
-        ),
-    )
+
+    def make():
+        made.append(make_dataset(tmp_path, "stdlib_sp1024", "s.model", {"tokenizer": "s.model"}))
+
+    monkeypatch.setattr(t, "make_stdlib", make)
     tokenizers = tmp_path / "data" / "tokenizers"
     for _ in range(2):  # made when missing, then used
         folder, tokenizer, line = t.locate_data(tiny_knobs())

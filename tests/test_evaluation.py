@@ -235,3 +235,5 @@ def test_streams_that_repeat_or_overlap_are_refused(text):
     ):
         with pytest.raises(AssertionError):
             t.score(iter(wrong), text, facts(), silent)
+    with pytest.raises(AssertionError):  # what is missing has no bytes
+        t.score(iter(parts), np.append(text, np.int32(BOS)), facts(), silent)

@@ -30,7 +30,9 @@ def normal(rng, *shape) -> mx.array:
 # Elementary functions
 
 
-@pytest.mark.parametrize(("low", "high", "bound"), [(-20, 80, 1e-5), (-80, -20, 4e-5)])
+@pytest.mark.parametrize(
+    ("low", "high", "bound"), [(-20, 20, 2e-5), (-30, 30, 5e-5), (-80, 80, 2e-2)]
+)
 def test_fast_exp_is_within_its_documented_error(low, high, bound):
     x = np.linspace(low, high, 40_001)[1:-1].astype(np.float32)
     true = np.exp(x.astype(np.float64))
@@ -42,7 +44,7 @@ def test_fast_exp_of_masked_scores_is_exactly_zero():
     assert t.fast_exp(x).tolist() == [0.0] * 6
 
 
-@pytest.mark.parametrize(("limit", "bound"), [(1.5, 2e-7), (5, 1.01e-4)])
+@pytest.mark.parametrize(("limit", "bound"), [(1.5, 1e-6), (30, 2e-4)])
 def test_fast_tanh_is_within_its_documented_error(limit, bound):
     x = np.linspace(-limit, limit, 40_001)[1:-1].astype(np.float32)
     assert np.abs(np.array(t.fast_tanh(mx.array(x))) - np.tanh(x.astype(np.float64))).max() < bound
@@ -133,7 +135,7 @@ def test_cpu_cross_entropy_and_its_gradients(rng, wide_bias, cap):
         close(got, expected, 1e-3 if cap == 5 else 1e-4)
 
 
-@pytest.mark.parametrize("cap", [1.0, 30.0, 80.0])
+@pytest.mark.parametrize("cap", [1.0, 30.0, 40.0])
 @pytest.mark.parametrize("times", [1.0, 4.0, 20.0])
 def test_the_cpu_head_caps_logits_of_any_size(cap, times):
     f, weight = mx.array([[times * cap]]), mx.array([[1.0], [-1.0], [0.0]])
@@ -176,7 +178,7 @@ def plain_context(row: list[int], bos: int, distance: int) -> list[int]:
 
 
 def plain_hash(tokens: tuple[int, ...], size: int, order: int, head: int) -> int:
-    multiplier = 0x9E3779B1 * (16 * order + 2 * head + 1) % 2**32
+    multiplier = 0x9E3779B1 * (32 * order + 2 * head + 1) % 2**32
     h = multiplier
     for token in tokens:
         h = (h ^ token) * multiplier % 2**32

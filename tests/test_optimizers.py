@@ -159,3 +159,27 @@ def test_every_parameter_moves_within_three_steps(make_trainer, env):
             assert changed.any(axis=1).mean() > 0.5, name
         else:
             assert changed.mean() > 0.99, (name, changed.mean())
+
+
+def test_a_run_makes_the_updates_of_mlx_optimizers(make_trainer):
+    # The gradient of each step is read back from the moments; rates and momentum change by step.
+    trainer = make_trainer(ITERATIONS=8, WARMDOWN_ITERS=6, MUON_MOMENTUM_WARMUP_STEPS=3)
+    name, matrix = "tok_emb", "blocks.1.mlp.fc.weight"
+    adam = mlx.optimizers.Adam(0, betas=[0.9, 0.95], eps=1e-8, bias_correction=True)
+    embedding = {"w": trainer.params[name]}
+    for step in range(8):
+        old, before = trainer.opt, {"w": trainer.params[matrix]}
+        event = trainer.advance()
+        assert event["lr_factor"] == pytest.approx(min((8 - step) / 6, 1))
+        adam.learning_rate = 0.05 * event["lr_factor"]
+        gradient = (trainer.opt[f"m/{name}"] - 0.9 * old[f"m/{name}"]) / 0.1
+        embedding = adam.apply_gradients({"w": gradient}, embedding)
+        assert mx.abs(embedding["w"] - trainer.params[name]).max().item() < 1e-4
+
+        momentum = 0.85 + 0.1 * min(step / 3, 1)
+        was, buffer = old[f"buffer/{matrix}"], trainer.opt[f"buffer/{matrix}"]
+        muon = mlx.optimizers.Muon(0.04 * event["lr_factor"], momentum, weight_decay=0)
+        muon.init(before)
+        muon.state["w"]["v"] = (1 - momentum) * was  # MLX's buffer is a mean, not a sum
+        after = muon.apply_gradients({"w": buffer - momentum * was}, before)
+        assert mx.abs(after["w"] - trainer.params[matrix]).max().item() < 2e-5

@@ -262,10 +262,11 @@ def test_a_gradient_that_is_not_finite_stops_the_run_at_the_state_before(
     assert same(trainer.opt, opt)
 
 
-# 1e39 is beyond float32: the first update is not finite, though its loss and gradient are
-@pytest.mark.parametrize("rate", [{"SCALAR_LR": "1e25"}, {"MATRIX_LR": "1e39"}])
+# beyond what the knobs allow: the weights grow until a loss or a gradient overflows
+@pytest.mark.parametrize("rate", [{"scalar_lr": 1e25}, {"tied_embed_lr": 1e25}])
 def test_a_learning_rate_that_is_too_high_stops_the_run_with_finite_weights(make_trainer, rate):
-    trainer = make_trainer(ITERATIONS=50, **rate)
+    trainer = make_trainer(ITERATIONS=50)
+    trainer.cfg = t.dataclasses.replace(trainer.cfg, **rate)
     with pytest.raises(t.RunFailed, match="MATRIX_LR"):
         while not trainer.finished():
             trainer.advance()
@@ -274,9 +275,12 @@ def test_a_learning_rate_that_is_too_high_stops_the_run_with_finite_weights(make
 
 @pytest.mark.parametrize("env", [{"WORKERS": 1}, {"WORKERS": 2, "USE_SWA": 1}])
 def test_a_resumed_run_equals_an_uninterrupted_one(make_trainer, env):
-    env = {"ITERATIONS": 8, "WARMDOWN_ITERS": 5, "EMA_START_FRAC": 0.25, **env}
+    # 20 windows a step: the first epoch ends before the cut
+    settings = {"ITERATIONS": 8, "WARMDOWN_ITERS": 5, "EMA_START_FRAC": 0.25}
+    env = {"TRAIN_BATCH_TOKENS": 320, **settings, **env}
     whole = make_trainer(**env)
     events = [whole.advance() for _ in range(8)]
+    assert whole.data.windows < 4 * 20
     first = make_trainer(RUN_ID="cut", **env)
     for _ in range(4):
         first.advance()
@@ -343,14 +347,17 @@ def test_an_epoch_holds_each_window_once(tmp_path):
     data = numbered_windows(tmp_path)
     count = sum((n - 1) // 10 for n in (1234, 6, 7001 - 1240, 20_000 - 7001))
     assert data.windows == count
+    orders = []
     for epoch in range(3):
         rows = data.step(epoch, count)
+        orders.append(rows[:, 0].argsort().tolist())
         assert rows.shape == (count, 11)
         assert rows.dtype == np.int32
         assert (np.diff(rows) == 1).all()  # no window crosses shards
         targets = rows[:, 1:].ravel()
         assert len(set(targets.tolist())) == 10 * count
         assert (np.diff(rows[:, 0]) < 0).mean() > 0.4  # shuffled
+    assert orders[0] != orders[1] != orders[2]
 
 
 def test_windows_are_a_function_of_seed_and_number(tmp_path):
@@ -360,7 +367,6 @@ def test_windows_are_a_function_of_seed_and_number(tmp_path):
     for number in (13, 2, 7):
         assert (again.step(number, 300) == first[number]).all()
     assert (other.step(2, 300) != first[2]).any(axis=1).mean() > 0.9
-    assert (data.step(7, 300) != first[0]).any(axis=1).mean() > 0.9  # the next epoch's order
 
 
 def test_a_token_beyond_the_vocabulary_names_its_shard(tmp_path):
