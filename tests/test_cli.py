@@ -297,7 +297,7 @@ def checkpoint_of(result):
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(train):
-    result = train("nan", TIED_EMBED_INIT_STD=1e37)
+    result = train("nan", SCALAR_LR=1e25)
     error = error_of(result, 1)
     assert re.search("nan|inf", error) and "checkpoint" in error and "MATRIX_LR" in error
     _, state = checkpoint_of(result)

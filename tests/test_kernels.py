@@ -30,9 +30,7 @@ def normal(rng, *shape) -> mx.array:
 # Elementary functions
 
 
-@pytest.mark.parametrize(
-    ("low", "high", "bound"), [(-20, 20, 2e-5), (-30, 30, 5e-5), (-80, 80, 2e-2)]
-)
+@pytest.mark.parametrize(("low", "high", "bound"), [(-50, 50, 5e-5), (-80, 80, 1e-3)])
 def test_fast_exp_is_within_its_documented_error(low, high, bound):
     x = np.linspace(low, high, 40_001)[1:-1].astype(np.float32)
     true = np.exp(x.astype(np.float64))

@@ -299,7 +299,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(make_trainer, env):
 def test_other_settings_cannot_take_over_a_checkpoint(make_trainer):
     make_trainer(RUN_ID="run").save()
     make_trainer(RUN_ID="run", RESUME=1, ITERATIONS=9, MAX_WALLCLOCK_SECONDS=7).load()
-    with pytest.raises(t.UserError, match=r"MATRIX_LR was 0\.04, not 0\.05"):
+    with pytest.raises(t.UserError, match=r"MATRIX_LR was 0\.02, not 0\.05"):
         make_trainer(RUN_ID="run", RESUME=1, MATRIX_LR=0.05).load()
 
 
