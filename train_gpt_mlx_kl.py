@@ -2,8 +2,8 @@
 # /// script
 # requires-python = ">=3.10"
 # dependencies = [
-#   "mlx>=0.31; sys_platform == 'darwin' and platform_machine == 'arm64'",
-#   "mlx[cpu]>=0.31; sys_platform == 'linux'",
+#   "mlx>=0.32; sys_platform == 'darwin' and platform_machine == 'arm64'",
+#   "mlx[cpu]>=0.32; sys_platform == 'linux'",
 #   "scipy-openblas32>=0.3.29; sys_platform == 'linux'",
 #   "numpy>=1.26", "sentencepiece>=0.2", "brotli>=1.1", "zstandard>=0.22", "tqdm>=4.66",
 # ]
@@ -105,7 +105,7 @@ class Knobs:
     compute_dtype: str = knob(
         "auto",
         "dtype of the forward pass; auto: float32 on CPUs, bfloat16 on GPUs (weights: float32)",
-        choices=("auto", "float32", "bfloat16", "float16"),
+        choices=("auto", "float32", "bfloat16"),
     )
     blas: str = knob("auto", "Linux CPUs: path of an OpenBLAS, `auto`, or `none` for MLX's own")
     workers: int = knob(0, "CPU streams that share a step; 0: one a core", hi=256)
@@ -117,9 +117,11 @@ class Knobs:
     iterations: int = knob(20_000, "steps at most; 0: no limit")
     max_wallclock_seconds: float = knob(600.0, "seconds of training at most; 0: no limit")
     train_batch_tokens: int = knob(524_288, "tokens a step", lo=1)
-    grad_accum_steps: int = knob(8, "microbatches a step, at least", lo=1)
+    grad_accum_steps: int = knob(8, "rounds of a microbatch a worker a step, at least", lo=1)
     train_seq_len: int = knob(1024, "tokens a training window", lo=2, alias="TRAIN_MAX_SEQ_LEN")
-    mlx_max_microbatch_tokens: int = knob(8192, "tokens a microbatch at most (memory)", lo=1)
+    mlx_max_microbatch_tokens: int = knob(
+        8192, "tokens a microbatch at most (memory a worker)", lo=1
+    )
     mlx_eager_eval: bool = knob(True, "evaluate after every microbatch: less memory")
     warmup_steps: int = knob(20, "steps run and thrown away before the clock starts")
     warmdown_iters: int = knob(3500, "last steps, over which the learning rate falls to 0")
@@ -196,11 +198,12 @@ PRESETS = {
     "cpu": """ITERATIONS=1000000 MAX_WALLCLOCK_SECONDS=110 TRAIN_BATCH_TOKENS=2048
         GRAD_ACCUM_STEPS=1 TRAIN_SEQ_LEN=256 WARMUP_STEPS=1 WARMDOWN_ITERS=400 TRAIN_LOG_EVERY=50
         NUM_LAYERS=4 MODEL_DIM=192 NUM_HEADS=3 NUM_KV_HEADS=1 MLP_MULT=2 XSA_LAST_N=0
-        ENGRAM_EMBED_DIM=64 MATRIX_LR=0.02 MUON_MOMENTUM_WARMUP_STEPS=200 EMA_DECAY=0.98
-        EVAL_STRIDE=128""",
+        ENGRAM_EMBED_DIM=64 MATRIX_LR=0.02 HASH_LR=0.15 MUON_MOMENTUM_WARMUP_STEPS=200
+        EMA_DECAY=0.98 EVAL_STRIDE=128""",
     "mac": """TRAIN_BATCH_TOKENS=32768 GRAD_ACCUM_STEPS=1 NUM_LAYERS=9 MLP_MULT=2
         ENGRAM_HASH_SIZE=4096 ENGRAM_EMBED_DIM=128 WARMUP_STEPS=2 WARMDOWN_ITERS=300
-        MUON_MOMENTUM_WARMUP_STEPS=200 TRAIN_LOG_EVERY=20 EVAL_STRIDE=512
+        MUON_MOMENTUM_WARMUP_STEPS=200 EMA_DECAY=0.98 TRAIN_LOG_EVERY=20
+        EVAL_STRIDE=512
         VAL_MAX_TOKENS=4194304""",
     "h100": "NUM_LAYERS=10 MLP_MULT=2 ENGRAM_EMBED_DIM=64",
     "baseline": """NUM_LAYERS=9 MLP_MULT=2 MLP_LEAK=0 ROPE_DIMS=0 XSA_LAST_N=0 LN_SCALE_ENABLED=0
@@ -280,10 +283,10 @@ def knobs_from_env(
         near = difflib.get_close_matches(name, names, n=1, cutoff=0.88)
         if near:
             warnings.append(f"{name} is not a setting; did you mean {near[0]}?")
-    preset = given.get("preset", "auto")
+    preset = given.pop("preset", "auto")
     if preset == "auto":
         preset = "cpu" if guess_device(given.get("device", "auto")) == "cpu" else "mac"
-    cfg = Knobs(**{**(base or preset_values(preset)), **given, "preset": preset})
+    cfg = Knobs(**{"preset": preset, **(base or preset_values(preset)), **given})
     problems += check_together(cfg)
     if problems:
         raise UserError("\n".join(problems))
@@ -437,7 +440,7 @@ def patch_imports(module: Path, addresses: dict[str, int]) -> int:
     # A section header's words: 1 type, 4 offset, 5 size, 6 the section it refers to.
     sections = [struct.unpack_from("<IIQQQQIIQQ", raw, table + i * size) for i in range(count)]
     with open("/proc/self/maps") as maps:
-        base = next(int(line.split("-")[0], 16) for line in maps if str(module) in line)
+        base = next((int(line.split("-")[0], 16) for line in maps if str(module) in line), 0)
     page, libc, done = os.sysconf("SC_PAGESIZE"), ctypes.CDLL(None), 0
     for section in (s for s in sections if s[1] == 4):  # SHT_RELA
         symbols, strings = sections[section[6]], sections[sections[section[6]][6]]
@@ -446,8 +449,9 @@ def patch_imports(module: Path, addresses: dict[str, int]) -> int:
             (name_at,) = struct.unpack_from("<I", raw, symbols[4] + 24 * (info >> 32))
             start = strings[4] + name_at
             address = addresses.get(raw[start : raw.index(b"\0", start)].decode())
-            if address:
-                libc.mprotect(ctypes.c_void_p((base + slot) & -page), page, 3)  # read and write
+            if not (address and base):
+                continue
+            if libc.mprotect(ctypes.c_void_p((base + slot) & -page), page, 3) == 0:  # read, write
                 ctypes.c_uint64.from_address(base + slot).value = address
                 done += 1
     return done
@@ -458,7 +462,11 @@ def use_blas(blas: dict[str, Any]) -> str:
     if sys.platform != "linux":
         return "Accelerate" if sys.platform == "darwin" else "MLX's own"
     module = Path(mx.__file__).resolve().parent / "lib" / "libmlx.so"
-    if blas and patch_imports(module, blas["addresses"]) >= len(blas["addresses"]):
+    if (
+        blas
+        and module.is_file()
+        and patch_imports(module, blas["addresses"]) >= len(blas["addresses"])
+    ):
         return blas["path"]
     return f"MLX's own (matrix products are about 70 times slower: {OPENBLAS_COMMAND})"
 
@@ -608,15 +616,19 @@ def make_stdlib() -> None:
         raise UserError("data/prepare.py stdlib failed (see above): set DATA_PATH to other shards")
 
 
+def read_manifest(path: Path) -> dict[str, Any]:
+    """What data/prepare.py wrote beside its shards; {} where there is none."""
+    try:
+        return dict(json.loads(path.read_text())) if path.is_file() else {}
+    except (ValueError, TypeError):
+        raise UserError(f"{path}: not a manifest: make the shards again or remove it") from None
+
+
 def tokenizer_beside(folder: Path) -> Path:
     """The tokenizer of a dataset in the public layout: ../../tokenizers/NAME_VOCAB_bpe.model."""
     folder = folder.resolve()
-    home, manifest, names = folder.parent.parent / "tokenizers", folder / "manifest.json", []
-    if manifest.is_file():
-        try:
-            names.append(str(json.loads(manifest.read_text())["tokenizer"]))
-        except (ValueError, TypeError, KeyError):
-            raise UserError(f"{manifest}: names no tokenizer: set TOKENIZER_PATH") from None
+    home = folder.parent.parent / "tokenizers"
+    names = [str(read_manifest(folder / "manifest.json").get("tokenizer", "absent"))]
     match = re.fullmatch(r"(?:fineweb10B|(.+))_sp(\d+)", folder.name)
     if match:
         names.append(f"{match[1] or 'fineweb'}_{match[2]}_bpe.model")
@@ -861,17 +873,6 @@ def cpu_attention_vjp(primals: Any, cotangents: Any, outputs: Any) -> tuple[mx.a
     return mx.concatenate(d_q, axis=3), d_k, d_v
 
 
-@functools.cache
-def capped_exp(cap: float) -> Callable[[mx.array], list[mx.array]]:
-    """logits / cap -> [t = tanh of it, exp(cap * t)]."""
-
-    def kernel(scaled: mx.array) -> list[mx.array]:
-        t = fast_tanh(scaled)
-        return [t, fast_exp(t * cap)]
-
-    return kernel
-
-
 @compiled
 def through_cap(gradient: mx.array, t: mx.array) -> mx.array:
     """Chain rule of the soft cap: gradient * (1 - t^2)."""
@@ -889,7 +890,8 @@ def cpu_cross_entropy(cap: float) -> Callable[..., list[mx.array]]:
 
     @mx.custom_function
     def head(f: mx.array, weight: mx.array, bias: mx.array, y: mx.array) -> list[mx.array]:
-        t, e = capped_exp(cap)(mx.addmm(bias, f, weight.T, alpha=1 / cap, beta=1 / cap))
+        t = fast_tanh(mx.addmm(bias, f, weight.T, alpha=1 / cap, beta=1 / cap))
+        e = fast_exp(t * cap)
         z = mx.sum(e, axis=-1, keepdims=True)
         picked = mx.take_along_axis(t, y[:, None], axis=-1) * cap
         return [(mx.log(z) - picked)[:, 0], t, e, z]
@@ -1181,16 +1183,19 @@ class GPT(nn.Module):
     def log_probs(self, x: mx.array, last: int) -> mx.array:
         """Inputs (B, T) -> log-distributions after the last positions: (B, last, V) float32.
 
-        Scores are made of these, so they take MLX's exact functions on every device.
+        Scores are made of these: the head takes MLX's exact functions in float32 on every device.
         """
         f, weight, bias = self.head_inputs(x, last)
-        logits = self.cap * mx.tanh((f @ weight.T + bias).astype(mx.float32) / self.cap)
+        f, weight, bias = (a.astype(mx.float32) for a in (f, weight, bias))
+        logits = self.cap * mx.tanh((f @ weight.T + bias) / self.cap)
         logs = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
         return logs.reshape(x.shape[0], last, -1)
 
 
 def compute_dtype(cfg: Knobs) -> str:
-    """Name of the forward pass's dtype: CPUs reach BLAS in float32 only."""
+    """Name of the forward pass's dtype. On a CPU only float32 reaches the BLAS and the kernels."""
+    if on_cpu() and cfg.compute_dtype == "bfloat16":
+        raise UserError("COMPUTE_DTYPE=bfloat16: a CPU computes in float32; unset it")
     if cfg.compute_dtype != "auto":
         return cfg.compute_dtype
     return "float32" if on_cpu() else "bfloat16"
@@ -1408,7 +1413,8 @@ def make_workers(cfg: Knobs) -> Workers:
     """WORKERS, or one a core on a CPU, where they share the BLAS's threads; one on a GPU."""
     if cfg.blas not in ("auto", "none") and not BLAS:
         raise UserError(f"BLAS={cfg.blas}: not an OpenBLAS that can be loaded; try BLAS=auto")
-    count = (cfg.workers or cpu_cores()) if on_cpu() else 1
+    windows = max(cfg.train_batch_tokens // cfg.train_seq_len, 1)  # more workers would idle
+    count = cfg.workers or min(cpu_cores(), windows) if on_cpu() else 1
     if BLAS:
         BLAS["set_threads"](max(cpu_cores() // count, 1))
     return Workers(count)
@@ -1444,9 +1450,8 @@ def momentum_at(step: int, cfg: Knobs) -> float:
 
 def averaging_weight(averaged: int, cfg: Knobs) -> float:
     """Weight of the newest parameters in the average when `averaged` steps are in it already."""
-    if averaged == 0:
-        return 1.0
-    return 1 / (averaged + 1) if cfg.use_swa else 1 - cfg.ema_decay
+    mean = 1 / (averaged + 1)  # an EMA younger than its memory is the plain mean
+    return mean if cfg.use_swa else max(1 - cfg.ema_decay, mean)
 
 
 def split_windows(windows: int, cfg: Knobs, workers: int) -> list[list[slice]]:
@@ -1510,8 +1515,8 @@ class Trainer:
 
     def _sums(self, parts: list[Arrays]) -> tuple[Arrays, mx.array]:
         """Gradients of several workers -> (their sums, the squared norm of those)."""
-        sums = {n: functools.reduce(mx.add, (p[n] for p in parts)) for n in parts[0]}
-        return sums, functools.reduce(mx.add, (mx.sum(g * g) for g in sums.values()))
+        sums = {n: sum((p[n] for p in parts[1:]), parts[0][n]) for n in parts[0]}
+        return sums, sum((mx.sum(g * g) for g in sums.values()), mx.array(0.0))
 
     def _updates(
         self, params: Arrays, grads: Arrays, opt: Arrays, average: Arrays, hyper: Arrays
@@ -1613,16 +1618,8 @@ class Trainer:
         """Take the state from checkpoint/. Raises UserError if the settings do not fit it."""
         arrays, meta = mx.load(str(self.report.checkpoint), return_metadata=True)
         saved = json.loads(meta["knobs"])
-        free = (
-            "iterations",
-            "max_wall",
-            "warmdown",
-            "resume",
-            "checkpoint",
-            "train_log",
-            "out_dir",
-        )
-        free += ("eval_", "val_")
+        free = ("iterations", "max_wall", "warmdown", "resume", "checkpoint", "train_log")
+        free += ("eval_", "val_", "run_id", "out_dir")
         for name, value in dataclasses.asdict(self.cfg).items():
             if not name.startswith(free) and saved.get(name) != value:
                 raise UserError(f"RESUME=1: {name.upper()} was {saved.get(name)}, not {value}")
@@ -1641,10 +1638,19 @@ def train(trainer: Trainer, validation: Validation) -> None:
         return bool(every) and trainer.step % every == 0
 
     interrupted = threading.Event()
-    handler = signal.signal(signal.SIGINT, lambda *_: interrupted.set())  # between steps only
+
+    def stop_after_step(*_: object) -> None:
+        interrupted.set()
+        signal.signal(signal.SIGINT, handler)  # a second interrupt stops at once
+
+    handler = signal.signal(signal.SIGINT, stop_after_step)
     try:
         while not trainer.finished():
             event = trainer.advance()
+            left = remaining_steps(trainer.step, trainer.elapsed_s, cfg)
+            if trainer.step == 5 and left < cfg.warmdown_iters:
+                report.line(f"warning: WARMDOWN_ITERS={cfg.warmdown_iters}, but only about "
+                            f"{left:.0f} steps are left: the learning rate falls now")  # fmt: skip
             if due(cfg.train_log_every) or (cfg.train_log_every and trainer.step <= 5):
                 report.event(event, TRAIN_LINE)
             if interrupted.is_set():
@@ -1757,7 +1763,8 @@ def checksum(version: int, compressor: int, body: bytes) -> bytes:
     return hashlib.sha256(struct.pack("<HB", version, compressor) + body).digest()
 
 
-LOCAL_KNOBS = ("run_id", "out_dir", "eval_only", "data_path", "tokenizer_path", "resume", "blas")
+LOCAL_KNOBS = {"run_id", "out_dir", "eval_only", "data_path", "tokenizer_path", "resume", "blas",
+               "workers", "device", "compute_dtype", "checkpoint_every"}  # fmt: skip
 
 
 def write_artifact(
@@ -1832,6 +1839,8 @@ def read_artifact(path: Path) -> tuple[dict[str, Any], Tokens, Arrays]:
     raw = compressors()[number][2](body)
     (length,) = struct.unpack_from("<I", raw)
     header = json.loads(raw[4 : 4 + length])
+    if not set(header["knobs"]) <= {field.name for field in dataclasses.fields(Knobs)}:
+        raise UserError(f"{path}: made by another version of the script: use that one")
     facts, at = header["tokenizer"], 4 + length
     sizes = np.frombuffer(raw, "<u2", facts["vocab"], at)
     flags = np.frombuffer(raw, np.uint8, facts["vocab"], at + 2 * facts["vocab"])
@@ -1903,7 +1912,6 @@ def score(
     Raises AssertionError unless the stream covers every target exactly once, in order.
     """
     nats, byte_count, done = 0.0, 0, 0
-    total_bytes = int(tokens.bytes_of(text[:-1], text[1:]).sum())
     for first, logs in stream:
         if first != done:
             raise AssertionError(f"target {done} was to be scored, the stream gave {first}")
@@ -1912,8 +1920,10 @@ def score(
         byte_count += int(tokens.bytes_of(text[first : first + len(logs)], target).sum())
         done += len(logs)
         progress(done, len(text) - 1, bits_per_byte(nats, max(byte_count, 1)))
-    if done != len(text) - 1 or byte_count != total_bytes or byte_count == 0:
-        raise AssertionError(f"scored {done} of {len(text) - 1} targets, {byte_count} bytes")
+    if done != len(text) - 1:
+        raise AssertionError(f"scored {done} of {len(text) - 1} targets")
+    if not (byte_count and math.isfinite(nats)):
+        raise RunFailed(f"no score: {nats} nats over {byte_count} bytes of validation text")
     bpb = bits_per_byte(nats, byte_count)
     return {"val_loss": nats / done, "val_bpb": bpb, "val_tokens": done, "val_bytes": byte_count}
 
@@ -2030,7 +2040,11 @@ class Validation:
     workers: Workers
 
     def __post_init__(self) -> None:
-        limit = self.cfg.val_max_tokens
+        limit, manifest = self.cfg.val_max_tokens, self.paths[0].parent / "manifest.json"
+        made_by = read_manifest(manifest).get("tokenizer_sha256", self.tokens.sha256)
+        if made_by != self.tokens.sha256:
+            raise UserError(f"{manifest}: these shards were made by another tokenizer: choose the "
+                            "DATA_PATH and TOKENIZER_PATH that belong together")  # fmt: skip
         self.text, self.whole = load_validation(self.paths, self.tokens, limit)
 
     def run(self, params: Arrays, mode: str, batch: int) -> dict[str, Any]:
@@ -2132,8 +2146,13 @@ def score_artifact(
 ) -> dict[str, Any]:
     """Reload an artifact from disk, score it in every mode asked for; returns the last score."""
     header, tokens, params = read_artifact(path)
-    shape = dataclasses.replace(Knobs(**header["knobs"]), compute_dtype=cfg.compute_dtype)
-    model = GPT(shape, tokens.vocab, tokens.bos)
+    made_with = Knobs(**header["knobs"])
+    fields = [field.name for field in dataclasses.fields(Knobs)]
+    for name in fields[fields.index("num_layers") : fields.index("tied_embed_lr")]:
+        if getattr(made_with, name) != getattr(cfg, name):
+            raise UserError(f"{name.upper()}={getattr(cfg, name)}: {path} has "
+                            f"{getattr(made_with, name)}: unset it")  # fmt: skip
+    model = GPT(dataclasses.replace(cfg, use_ortho_init=False), tokens.vocab, tokens.bos)
     if {n: a.shape for n, a in tree_flatten(model.parameters())} != {
         n: a.shape for n, a in params.items()
     }:
@@ -2148,7 +2167,10 @@ def score_artifact(
 def main(cfg: Knobs, warnings: list[str]) -> None:
     """Train, export, reload, score; or with EVAL_ONLY the last two."""
     if cfg.device != "auto":
-        mx.set_default_device(mx.cpu if cfg.device == "cpu" else mx.gpu)
+        device = mx.cpu if cfg.device == "cpu" else mx.gpu
+        if not mx.is_available(device):
+            raise UserError("DEVICE=gpu: this MLX has none; on Linux: pip install 'mlx[cuda13]'")
+        mx.set_default_device(device)
     artifact = Path(cfg.eval_only)
     if cfg.eval_only:
         cfg, warnings = knobs_from_env(dict(os.environ), base=read_artifact(artifact)[0]["knobs"])

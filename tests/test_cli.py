@@ -384,7 +384,7 @@ VARIANTS = {
     "no-hashes": "ENGRAM_HASH_SIZE=0",
     "skipgram": "SKIPGRAM_HASH_SIZE=64",
     "qat": "LATE_QAT_THRESHOLD=1",
-    "swa": "USE_SWA=1",
+    "swa": "USE_SWA=1 EMA_START_FRAC=0.2",
     "no-average": "EMA_DECAY=0",
     "clip": "GRAD_CLIP_NORM=0.01 ADAM_EPS=0.001",
     "bits": "WEIGHT_BITS=4",
@@ -399,7 +399,6 @@ VARIANTS = {
     "relu": "MLP_LEAK=0",
     "mlp": "MLP_MULT=3",
     "rope": "ROPE_DIMS=8",
-    "bfloat16": "COMPUTE_DTYPE=bfloat16",
     "no-warmup": "WARMUP_STEPS=0 MUON_MOMENTUM_WARMUP_STEPS=0",
     "decay": "MUON_WEIGHT_DECAY=0.1 ADAM_WEIGHT_DECAY=0.1",
 }

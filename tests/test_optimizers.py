@@ -117,7 +117,9 @@ def test_any_allowed_epsilon_leaves_untouched_parameters_finite():
 
 @pytest.mark.parametrize("env", EVERY_FEATURE)
 def test_decay_is_decoupled_and_proportional_to_the_learning_rate(rng, env):
-    cfg = tiny_knobs(MUON_WEIGHT_DECAY=0.3, ADAM_WEIGHT_DECAY=0.2, MATRIX_LR=0.05, **env)
+    cfg = tiny_knobs(
+        MUON_WEIGHT_DECAY=0.3, ADAM_WEIGHT_DECAY=0.2, MATRIX_LR=0.05, HASH_LR=0.05, **env
+    )
     shapes = {n: p.shape for n, p in t.tree_flatten(t.GPT(cfg, 50, 1).parameters())}
     params = {n: normal(rng, *shape) for n, shape in shapes.items()}
     groups = t.group_parameters(list(params))
@@ -184,4 +186,4 @@ def test_a_run_makes_the_updates_of_mlx_optimizers(make_trainer):
         muon.init(before)
         muon.state["w"]["v"] = (1 - momentum) * was  # MLX's buffer is a mean, not a sum
         after = muon.apply_gradients({"w": buffer - momentum * was}, before)
-        assert mx.abs(after["w"] - trainer.params[matrix]).max().item() < 2e-5
+        assert mx.abs(after["w"] - trainer.params[matrix]).max().item() < 4e-5
