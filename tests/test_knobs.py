@@ -76,7 +76,7 @@ def test_every_knob_is_read():
             owner = node.value
             if getattr(owner, "id", getattr(owner, "attr", "")) == "cfg":
                 read.add(node.attr)
-        elif isinstance(node, ast.Call) and getattr(node.func, "attr", "") == "get":
+        elif isinstance(node, ast.Call) and getattr(node.func, "attr", "") in ("get", "pop"):
             read |= {str(arg.value).lower() for arg in node.args if isinstance(arg, ast.Constant)}
     for group in t.GROUPS:
         read |= {group.lr, group.decay, group.bits}
