@@ -559,7 +559,7 @@ def open_shard(path: Path) -> Any:
     need, have = header_bytes + 2 * int(header[2]), path.stat().st_size
     if need != have:
         raise UserError(
-            f"{path}: has {have} bytes, its header says {need}: cut short? Make it anew"
+            f"{path}: {have} bytes, but its header says {need}: cut short? Make it anew"
         )
     return np.memmap(path, dtype="<u2", mode="r", offset=header_bytes, shape=(int(header[2]),))
 
@@ -568,10 +568,7 @@ def check_ids(tokens: Any, vocab: int, name: object) -> Any:
     """Tokens as int32, after checking that each is below the vocabulary's size."""
     top = int(tokens.max(initial=0))
     if top >= vocab:
-        raise UserError(
-            f"{name}: holds token {top}, but the vocabulary has {vocab}: "
-            "this tokenizer did not make this shard"
-        )
+        raise UserError(f"{name}: holds token {top}, the vocabulary {vocab} pieces: they differ")
     return tokens.astype(np.int32)
 
 
@@ -652,10 +649,8 @@ class TrainWindows:
         self.windows = int(self.counts.sum())
         self.tokens = sum(len(s) for s in self.shards)
         if self.windows == 0:
-            raise UserError(
-                f"{paths[0].parent}: {self.tokens} training tokens are less than one "
-                f"window of TRAIN_SEQ_LEN={seq_len}: add text or lower it"
-            )
+            raise UserError(f"{paths[0].parent}: {self.tokens} training tokens hold no window of "
+                            f"TRAIN_SEQ_LEN={seq_len}: add text or lower it")  # fmt: skip
         self.ends = np.cumsum(self.counts)
         self.epoch, self.order = -1, np.zeros(0, np.int64)
 
@@ -986,14 +981,8 @@ class Attention(nn.Module):
             return y.reshape(batch, length, heads, self.head_dim).transpose(0, 2, 1, 3)
 
         def turn(y: mx.array) -> mx.array:
-            return mx.fast.rope(
-                rms_norm(y),
-                self.rope_dims,
-                traditional=False,
-                base=self.rope_base,
-                scale=1.0,
-                offset=0,
-            )
+            options = {"traditional": False, "base": self.rope_base, "scale": 1.0, "offset": 0}
+            return mx.fast.rope(rms_norm(y), self.rope_dims, **options)
 
         gain = mx.minimum(self.q_gain, SCORE_LIMIT / self.head_dim**0.5)
         gain = gain.astype(x.dtype)[:, None, None]

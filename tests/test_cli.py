@@ -71,7 +71,7 @@ def end_of(process, cwd, run_id, read=""):
     """What a process printed and left: out, err, status, folder, events."""
     out, err = process.communicate()
     # Slow machines are shown a running score, which the log leaves out.
-    out = re.sub(r"^eval \w+: \d+/.*\n", "", read + out, flags=re.M)
+    out = re.sub(r"^eval [^:]+: \d+/.*\n", "", read + out, flags=re.M)
     folder = cwd / "logs" / run_id
     log = folder / "metrics.jsonl"
     events = [json.loads(line) for line in log.read_text().splitlines()] if log.is_file() else []
@@ -360,6 +360,31 @@ def test_only_a_checkpoint_can_be_resumed(train):
 def test_mistakes_take_a_line(train, env, status, words):
     error = error_of(train("mistake-" + "-".join(env), **env), status)
     assert all(word in error for word in words)
+
+
+def test_shards_of_another_tokenizer_are_refused(train, plain, dataset, tmp_path):
+    folder = tmp_path / "datasets" / "other_sp300"
+    shutil.copytree(dataset.path, folder)
+    (folder / "manifest.json").write_text(json.dumps({"tokenizer_sha256": "0" * 64}))
+    knobs = {"DATA_PATH": folder, "TOKENIZER_PATH": dataset.tokenizer}
+    assert "another tokenizer" in error_of(train("other-tokenizer", **knobs), 2)
+    artifact = plain.folder / "artifact.bin"
+    assert "another tokenizer" in error_of(train("other", EVAL_ONLY=artifact, **knobs), 2)
+
+
+def test_a_file_is_not_scored_with_another_shape(train, plain):
+    result = train("reshaped", EVAL_ONLY=plain.folder / "artifact.bin", NUM_LAYERS=3)
+    assert "NUM_LAYERS=3" in error_of(result, 2)
+
+
+def test_more_workers_than_work(train, plain):
+    many = final(train("many-workers", WORKERS=64))
+    assert math.isclose(many["val_bpb"], final(plain)["val_bpb"], rel_tol=1e-6)
+
+
+@pytest.mark.skipif(t.mx.is_available(t.mx.gpu), reason="needs a machine without a GPU")
+def test_a_missing_gpu_is_named(train):
+    assert "DEVICE=gpu" in error_of(train("gpu", DEVICE="gpu"), 2)
 
 
 def test_a_model_that_is_too_large_is_refused_before_training(train):
