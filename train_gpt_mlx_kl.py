@@ -174,8 +174,8 @@ class Knobs:
     ema_start_frac: float = knob(0.5, "progress at which averaging starts", hi=1)
     use_swa: bool = knob(False, "the plain mean from EMA_START_FRAC on, in EMA's place")
 
-    weight_bits: int = knob(6, "bits of block matrices and EngramLite's tables", lo=4, hi=8)
-    embed_bits: int = knob(8, "bits of the embedding and of BigramHash and SkipGram", lo=4, hi=8)
+    weight_bits: int = knob(6, "bits of block matrices and hash tables", lo=4, hi=8)
+    embed_bits: int = knob(8, "bits of the token embedding", lo=4, hi=8)
     use_gptq_lite: bool = knob(True, "search each row's clip for the least squared error")
     late_qat_threshold: float = knob(0.0, "train quantised below this LR factor", hi=1)
 
@@ -390,7 +390,7 @@ OPENBLAS_COMMAND = "pip install scipy-openblas32"
 def keep_freed_memory() -> None:
     """Let glibc reuse large freed blocks: returning each to the system costs a page fault a 4 KB.
 
-    Measured on two x86-64 cores: element-wise chains run 3 times faster, two streams of them 6.
+    Measured on two cores: element-wise chains run 3 times faster, two streams of them 6 times.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
@@ -1211,9 +1211,8 @@ GROUPS = (
     Group("matrices", r"blocks\.\d+\.(attn\.(c_q|c_k|c_v|proj)|mlp\.(fc|proj))\.weight",
           "muon", "matrix_lr", "muon_weight_decay", "weight_bits"),
     Group("embedding", r"tok_emb", "adam", "tied_embed_lr", "adam_weight_decay", "embed_bits"),
-    Group("tables", r"engram\.tables", "adam", "hash_lr", "adam_weight_decay", "weight_bits"),
-    Group("logit_tables", r"(bigram|skipgram)\.table",
-          "adam", "hash_lr", "adam_weight_decay", "embed_bits"),
+    Group("tables", r"engram\.tables|(bigram|skipgram)\.table",
+          "adam", "hash_lr", "adam_weight_decay", "weight_bits"),
     Group("hash_proj", r"engram\.proj", "adam", "hash_proj_lr", "", "embed_bits"),
     Group("scalars", r"blocks\.\d+\.(attn\.q_gain|attn_scale|mlp_scale|resid_mix)|skips|smear_gate"
           r"|\w+\.gates", "adam", "scalar_lr", "", ""),
@@ -1477,11 +1476,9 @@ class Trainer:
         by_shape = sorted(self.params, key=lambda n: (self.params[n].size, n), reverse=True)
         self.shares = [by_shape[i :: workers.count] for i in range(workers.count)]
         self.bigrams = bigram_probability(data) if cfg.complement_alpha else None
-        # A GPU compiles whole steps; on a CPU that would fuse broadcasts into slow strided loops,
-        # so there only the kernels are compiled.
-        whole = (lambda f: f) if on_cpu() else mx.compile
-        self.gradients = {q: whole(functools.partial(self._gradients, q)) for q in (False, True)}
-        self.sums, self.updates = whole(self._sums), whole(self._updates)
+        jit = (lambda f: f) if on_cpu() else mx.compile  # see CPU KERNELS: they are compiled
+        self.gradients = {q: jit(functools.partial(self._gradients, q)) for q in (False, True)}
+        self.sums, self.updates = jit(self._sums), jit(self._updates)
 
     def _gradients(
         self, qat: bool, params: Arrays, before: tuple[Any, ...], batch: tuple[mx.array, ...]
@@ -1897,7 +1894,7 @@ Progress = Callable[[int, int, float], None]  # tokens done, tokens in all, BPB 
 
 
 def score(
-    stream: Iterator[tuple[int, Any]], text: Any, tokens: Tokens, show: Progress
+    stream: Iterator[tuple[int, Any]], text: Any, tokens: Tokens, progress: Progress
 ) -> dict[str, Any]:
     """Consume a stream of log-distributions; returns loss (nats/token), BPB and the counts.
 
@@ -1911,7 +1908,7 @@ def score(
         nats -= float(logs[np.arange(len(logs)), target].astype(np.float64).sum())
         byte_count += int(tokens.bytes_of(text[first : first + len(logs)], target).sum())
         done += len(logs)
-        show(done, len(text) - 1, bits_per_byte(nats, max(byte_count, 1)))
+        progress(done, len(text) - 1, bits_per_byte(nats, max(byte_count, 1)))
     if done != len(text) - 1:
         raise AssertionError(f"scored {done} of {len(text) - 1} targets")
     if not (byte_count and math.isfinite(nats)):

@@ -129,7 +129,6 @@ def test_decay_is_decoupled_and_proportional_to_the_learning_rate(rng, env):
     assert state.keys() == opt.keys()
     for name, p in params.items():
         rates = {"matrices": 0.05 * 0.3, "embedding": 0.05 * 0.2, "tables": 0.05 * 0.2}
-        rates["logit_tables"] = rates["tables"]
         factor = 1 - 0.5 * rates.get(groups[name].name, 0)
         assert np.allclose(np.array(new[name]), np.array(p) * factor, rtol=1e-6, atol=0), name
 
