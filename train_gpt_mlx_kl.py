@@ -199,7 +199,7 @@ PRESETS = {
         GRAD_ACCUM_STEPS=1 TRAIN_SEQ_LEN=256 WARMUP_STEPS=1 WARMDOWN_ITERS=400 TRAIN_LOG_EVERY=50
         NUM_LAYERS=4 MODEL_DIM=192 NUM_HEADS=3 NUM_KV_HEADS=1 MLP_MULT=2 XSA_LAST_N=0
         ENGRAM_EMBED_DIM=64 MATRIX_LR=0.02 HASH_LR=0.15 MUON_MOMENTUM_WARMUP_STEPS=200
-        EMA_DECAY=0.98 EVAL_STRIDE=128""",
+        EMA_DECAY=0.98 WEIGHT_BITS=8 EVAL_STRIDE=128""",
     "mac": """TRAIN_BATCH_TOKENS=32768 GRAD_ACCUM_STEPS=1 NUM_LAYERS=9 MLP_MULT=2
         ENGRAM_HASH_SIZE=4096 ENGRAM_EMBED_DIM=128 WARMUP_STEPS=2 WARMDOWN_ITERS=300
         MUON_MOMENTUM_WARMUP_STEPS=200 EMA_DECAY=0.98 TRAIN_LOG_EVERY=20
@@ -1866,6 +1866,7 @@ def net_stream(
     the vocabulary head.
     """
     seq_len, stride, batch = shape
+    mx.eval(params)
     model.update(tree_unflatten(list(params.items())))
     forward = model.log_probs if on_cpu() else mx.compile(model.log_probs, inputs=model.state)
     padded = np.concatenate([text, np.full(seq_len + stride, max(model.bos, 0), np.int32)])
