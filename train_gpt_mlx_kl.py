@@ -568,7 +568,7 @@ def check_ids(tokens: Any, vocab: int, name: object) -> Any:
     """Tokens as int32, after checking that each is below the vocabulary's size."""
     top = int(tokens.max(initial=0))
     if top >= vocab:
-        raise UserError(f"{name}: holds token {top}, the vocabulary {vocab} pieces: they differ")
+        raise UserError(f"{name}: token {top}, but the vocabulary has {vocab}: another tokenizer's")
     return tokens.astype(np.int32)
 
 
