@@ -381,7 +381,7 @@ if __name__ == "__main__":
     CFG, CFG_WARNINGS = knobs_or_exit(sys.argv[1:], dict(os.environ))
 
 # ==================================================================================================
-# BLAS: MLX's Linux CPU wheel carries a reference BLAS, about 70 times slower than OpenBLAS
+# BLAS: MLX's Linux CPU wheel carries a reference BLAS, 20 to 70 times slower than OpenBLAS
 # ==================================================================================================
 
 OPENBLAS_COMMAND = "pip install scipy-openblas32"
@@ -468,7 +468,7 @@ def use_blas(blas: dict[str, Any]) -> str:
         and patch_imports(module, blas["addresses"]) >= len(blas["addresses"])
     ):
         return blas["path"]
-    return f"MLX's own (matrix products are about 70 times slower: {OPENBLAS_COMMAND})"
+    return f"MLX's own (matrix products are about 20 to 70 times slower: {OPENBLAS_COMMAND})"
 
 
 def cpu_cores() -> int:
