@@ -342,6 +342,13 @@ def test_only_a_checkpoint_can_be_resumed(train):
     assert "RUN_ID" in error_of(train("", RESUME=1), 2)
 
 
+def test_a_run_without_a_name_can_be_resumed(train):
+    first = train("", CHECKPOINT_EVERY=4)
+    name = re.search(r"everything is in logs/(\S+)", first.out)[1]
+    resumed = train(name, RESUME=1, ITERATIONS=8)
+    assert final(resumed)["train_steps"] == 8
+
+
 # --------------------------------------------------------------------------------------------------
 # Mistakes
 
