@@ -5,7 +5,8 @@
 #   "mlx>=0.32; sys_platform == 'darwin' and platform_machine == 'arm64'",
 #   "mlx[cpu]>=0.32; sys_platform == 'linux'",
 #   "scipy-openblas32>=0.3.29; sys_platform == 'linux'",
-#   "numpy>=1.26", "sentencepiece>=0.2", "brotli>=1.1", "zstandard>=0.22", "tqdm>=4.66",
+#   "numpy>=1.26", "numba>=0.60", "sentencepiece>=0.2", "brotli>=1.1", "zstandard>=0.22",
+#   "tqdm>=4.66",
 # ]
 # ///
 """Train a small GPT with MLX, squeeze script + model into 16,000,000 bytes, and score the file.
@@ -35,6 +36,7 @@ from __future__ import annotations
 
 import ctypes
 import dataclasses
+import decimal
 import difflib
 import functools
 import hashlib
@@ -44,6 +46,7 @@ import itertools
 import json
 import lzma
 import math
+import multiprocessing
 import operator
 import os
 import platform
@@ -59,7 +62,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn, get_type_hints
+from typing import Any, NamedTuple, NoReturn, get_type_hints
 
 # ==================================================================================================
 # KNOBS: every setting is an environment variable with the upper-case name of its field
@@ -72,6 +75,18 @@ class UserError(Exception):
     """A mistake in the user's input: printed as lines, without a traceback; exit status 2."""
 
     status = 2
+
+
+class AuditFailed(UserError):
+    """A condition of a valid score that does not hold: which one, and where."""
+
+    status = 3
+
+    def __init__(self, condition: str, where: str) -> None:
+        super().__init__(condition, where)
+
+    def __str__(self) -> str:
+        return f"audit failed: {self.args[0]}: {self.args[1]}"
 
 
 class RunFailed(UserError):
@@ -179,6 +194,21 @@ class Knobs:
     use_gptq_lite: bool = knob(True, "search each row's clip for the least squared error")
     late_qat_threshold: float = knob(0.0, "train quantised below this LR factor", hi=1)
 
+    mixer: str = knob(
+        "logistic", "context models at evaluation", choices=("logistic", "backoff", "off")
+    )
+    ngram_mixer_enabled: bool = knob(True, "0 is the same as MIXER=off")
+    mixer_memory_mb: int = knob(2200, "logistic: MiB of tables", lo=1, hi=1 << 20)
+    pack_text_bytes: int = knob(
+        -1, "logistic: artifact bytes for training text; -1: what script and net leave", lo=-1
+    )
+    ngram_max_order: int = knob(4, "backoff: tokens of the longest context", lo=1, hi=8)
+    ngram_alpha: str = knob("0.25", "backoff: the n-gram model's weight, or `auto`: learned")
+    ngram_smoothing: str = knob(
+        "kneser-ney", "backoff: smoothing", choices=("kneser-ney", "witten-bell", "laplace")
+    )
+    audit: bool = knob(True, "prove the score: causal, normalised, decodable")
+
     val_loss_every: int = knob(0, "steps between validations while training; 0: none")
     val_batch_size: int = knob(16_384, "tokens a batch of those validations", lo=1)
     val_max_tokens: int = knob(0, "score up to the last document's end in these; 0: all")
@@ -191,7 +221,7 @@ class Knobs:
 GROUP_TITLES = {
     "preset": "Run", "data_path": "Data", "iterations": "Training", "num_layers": "Model",
     "engram_lite_enabled": "Hashed contexts", "tied_embed_lr": "Optimizers",
-    "ema_decay": "Averaging", "weight_bits": "Artifact", "val_loss_every": "Evaluation",
+    "ema_decay": "Averaging", "weight_bits": "Artifact", "mixer": "Context models", "val_loss_every": "Evaluation",
 }  # fmt: skip
 
 PRESETS = {
@@ -199,16 +229,22 @@ PRESETS = {
         GRAD_ACCUM_STEPS=1 TRAIN_SEQ_LEN=256 WARMUP_STEPS=1 WARMDOWN_ITERS=400 TRAIN_LOG_EVERY=50
         NUM_LAYERS=4 MODEL_DIM=192 NUM_HEADS=3 NUM_KV_HEADS=1 MLP_MULT=2 XSA_LAST_N=0
         ENGRAM_EMBED_DIM=64 MATRIX_LR=0.02 HASH_LR=0.15 MUON_MOMENTUM_WARMUP_STEPS=200
-        EMA_DECAY=0.98 WEIGHT_BITS=8 EVAL_STRIDE=128""",
+        EMA_DECAY=0.98 WEIGHT_BITS=8 EVAL_STRIDE=128 NGRAM_ALPHA=auto
+        PACK_TEXT_BYTES=1000000""",
     "mac": """TRAIN_BATCH_TOKENS=32768 GRAD_ACCUM_STEPS=1 NUM_LAYERS=9 MLP_MULT=2
         ENGRAM_HASH_SIZE=4096 ENGRAM_EMBED_DIM=128 WARMUP_STEPS=2 WARMDOWN_ITERS=300
         MUON_MOMENTUM_WARMUP_STEPS=200 EMA_DECAY=0.98 TRAIN_LOG_EVERY=20
-        EVAL_STRIDE=512
-        VAL_MAX_TOKENS=4194304""",
-    "h100": "NUM_LAYERS=10 MLP_MULT=2 ENGRAM_EMBED_DIM=64",
+        EVAL_STRIDE=512 NGRAM_ALPHA=auto VAL_MAX_TOKENS=4194304""",
+    "h100": "NUM_LAYERS=10 MLP_MULT=2 ENGRAM_EMBED_DIM=64 NGRAM_ALPHA=auto",
     "baseline": """NUM_LAYERS=9 MLP_MULT=2 MLP_LEAK=0 ROPE_DIMS=0 XSA_LAST_N=0 LN_SCALE_ENABLED=0
         USE_ORTHO_INIT=0 USE_SMEARGATE=0 ENGRAM_LITE_ENABLED=0 BIGRAM_HASH_SIZE=0
-        COMPLEMENT_ALPHA=0 WARMDOWN_ITERS=1200 EMA_DECAY=0 WEIGHT_BITS=7 EVAL_MODE=standard""",
+        COMPLEMENT_ALPHA=0 WARMDOWN_ITERS=1200 EMA_DECAY=0 WEIGHT_BITS=7 EVAL_MODE=standard
+        MIXER=off""",
+}
+
+MIXER_KNOBS = {
+    "logistic": ("mixer_memory_mb", "pack_text_bytes"),
+    "backoff": ("ngram_max_order", "ngram_alpha", "ngram_smoothing"),
 }
 
 REMOVED = (
@@ -278,8 +314,6 @@ def knobs_from_env(
         for prefix, why in REMOVED:
             if name.startswith(prefix):
                 problems.append(f"{name}: not a setting here: {why}; unset it")
-        if name.startswith("NGRAM_"):
-            warnings.append(f"{name} has no effect: this version scores the net alone")
         near = difflib.get_close_matches(name, names, n=1, cutoff=0.88)
         if near:
             warnings.append(f"{name} is not a setting; did you mean {near[0]}?")
@@ -287,6 +321,11 @@ def knobs_from_env(
     if preset == "auto":
         preset = "cpu" if guess_device(given.get("device", "auto")) == "cpu" else "mac"
     cfg = Knobs(**{"preset": preset, **(base or preset_values(preset)), **given})
+    if not cfg.ngram_mixer_enabled:
+        cfg = dataclasses.replace(cfg, mixer="off")
+    for mixer, names in MIXER_KNOBS.items():
+        idle = [name for name in names if name in given and cfg.mixer != mixer]
+        warnings += [f"{name.upper()} has no effect with MIXER={cfg.mixer}" for name in idle]
     problems += check_together(cfg)
     if problems:
         raise UserError("\n".join(problems))
@@ -311,6 +350,8 @@ def check_together(cfg: Knobs) -> list[str]:
         f"RUN_ID={cfg.run_id}: use letters, digits and . _ + = - only":
             not cfg.run_id or re.fullmatch(r"\w[\w.+=-]*", cfg.run_id) is not None,
         "RESUME=1 needs RUN_ID: which run should go on?": bool(cfg.run_id) or not cfg.resume,
+        f"NGRAM_ALPHA={cfg.ngram_alpha}: must be from 0 to 1, or auto":
+            re.fullmatch(r"auto|0|1|0?\.\d+|[01]\.0*|0\.\d+", cfg.ngram_alpha) is not None,
     }  # fmt: skip
     return [problem for problem, holds in rules.items() if not holds]
 
@@ -484,6 +525,7 @@ import mlx.core as mx  # noqa: E402
 import mlx.nn as nn  # noqa: E402
 import numpy as np  # noqa: E402
 from mlx.utils import tree_flatten, tree_unflatten  # noqa: E402
+from numba import njit  # noqa: E402
 
 BLAS_NAME = use_blas(BLAS)
 
@@ -1368,6 +1410,7 @@ class Workers:
 
     def __init__(self, count: int) -> None:
         self.count, self.lock, self.local = count, threading.Lock(), threading.local()
+        self.reserved = 0  # cores that something else uses: so many threads fewer, the same bits
         self.pools = [ThreadPoolExecutor(1) for _ in range(count)] if count > 1 else []
 
     def __enter__(self) -> Workers:
@@ -1393,7 +1436,7 @@ class Workers:
         mx.eval(jobs)  # a thread cannot evaluate what another thread's stream has yet to do
         if not self.pools:
             return [build(*args) for args in jobs]
-        pools = itertools.cycle(self.pools)
+        pools = itertools.cycle(self.pools[: max(len(self.pools) - self.reserved, 1)])
         pending = [next(pools).submit(self.job, build, args) for args in jobs]
         return [p.result() for p in pending]
 
@@ -1655,12 +1698,866 @@ def train(trainer: Trainer, validation: Validation) -> None:
 
 
 # ==================================================================================================
+# N-GRAM MIXER: exact counts of the text already scored, mixed into the net's distribution
+# ==================================================================================================
+
+# Every smoothing is one recursion over the orders k = 0, 1, .. of the context (order k: k tokens),
+#     p_k(v) = (max(c(v) - D, 0) + r q(v)) / (n - D m + r),    r = A V + B m,    p_{-1}(v) = 1 / V,
+# with c(v) the count of v in the context, n the sum and m the number of the counts above 0, and q
+# the shorter context's p_{k-1}, or 1 / V for `laplace`. Counts are whole and D <= 1, so the sum of
+# max(c(v) - D, 0) over all v is n - D m: p_k sums to 1, whatever was counted. Where a context has
+# no counts the recursion ends: the model backs off to the longest context that has some.
+SMOOTHINGS = {  # D, A, B, q is p_{k-1}, shorter contexts count distinct left neighbours
+    # Kneser & Ney 1995, interpolated as by Chen & Goodman 1998, with one discount: c(v) is the
+    # number of distinct tokens seen left of (context, v), unless the context is the longest. Alone,
+    # D = 0.85 is best; beside a net, which knows better what else may come, it should be less.
+    "kneser-ney": (0.65, 0.0, 0.65, True, True),
+    # Witten & Bell 1991, method C, interpolated: a new kind of continuation is as likely as so far.
+    "witten-bell": (0.0, 0.0, 1.0, True, False),
+    # Additive, the longest context alone. Laplace's A = 1 drowns the counts of rare contexts.
+    "laplace": (0.0, 0.01, 0.0, False, False),
+}
+
+# A node is a string of tokens; its parent lacks the leftmost one, and node 0 is the empty string.
+# It is the pair (context, token) when its last token is scored and then the next token's context,
+# so that one chain of look-ups a token finds both. key: parent * V + leftmost token, compared in
+# full, so that ids are exact; count: c, as a pair; total, kinds: n and m, as a context.
+NODE = np.dtype([("key", np.int64), ("count", np.int32), ("total", np.int32), ("kinds", np.int32)])
+FIRST_ALPHA, FIRST_TOKENS = 0.25, 8.0  # a learned alpha at start, and how many tokens it is worth
+
+
+@njit(nogil=True, cache=True)
+def slot_of(slots, nodes, key):
+    """Where the node with this key stands in the open-addressing table, or its empty place."""
+    mask = len(slots) - 1
+    at = np.int64((np.uint64(key) * np.uint64(0x9E3779B97F4A7C15)) >> np.uint64(32)) & mask
+    while slots[at] and nodes[slots[at]].key != key:
+        at = (at + 1) & mask
+    return at
+
+
+@njit(nogil=True, cache=True)
+def fill(slots, nodes, used):
+    """Enter nodes 1 .. used - 1 into an empty table."""
+    for i in range(1, used):
+        slots[slot_of(slots, nodes, nodes[i].key)] = i
+
+
+@njit(nogil=True, cache=True)
+def ngram_probability(state, token, vocab, rule):
+    """(p of `token`, trust in it: a number from the longest context with counts); changes nothing.
+
+    trust = 3 * that context's order + 0, 1, 2 for continuations seen once, twice, more on average.
+    """
+    slots, nodes, head, path, _ = state
+    discount, flat, per_kind, interpolated, _ = rule
+    p, trust, pair = 1.0 / vocab, 0, 0
+    for k in range(head[1] + 1):
+        context = nodes[path[k]]
+        if context.total == 0:  # then longer ones have none either
+            break
+        if k == 0 or pair:
+            step = context.key % vocab if k else token
+            pair = slots[slot_of(slots, nodes, pair * vocab + step)]
+        count = nodes[pair].count if pair else 0
+        rest = flat * vocab + per_kind * context.kinds
+        mass = max(count - discount, 0.0) + rest * (p if interpolated else 1.0 / vocab)
+        p = mass / (context.total - discount * context.kinds + rest)
+        trust = 3 * k + min(context.total // context.kinds, 3) - 1
+    return p, trust
+
+
+@njit(nogil=True, cache=True)
+def learn(state, token, vocab, bos, distinct):
+    """Count `token` once in each of its contexts, then make it the context's newest token.
+
+    state: slots, nodes, head (nodes used, length of the context, tokens learned), path (the node of
+    the context of each order), weights. `distinct`: see SMOOTHINGS' last column.
+    """
+    slots, nodes, head, path, _ = state
+    used, depth, learned = head
+    pairs, pair = np.empty(depth + 1, np.int64), 0
+    for k in range(depth + 1):
+        key = pair * vocab + (nodes[path[k]].key % vocab if k else token)
+        at = slot_of(slots, nodes, key)
+        if slots[at] == 0:
+            slots[at], nodes[used].key = used, key
+            used += 1
+        pair = pairs[k] = slots[at]
+    fresh = True
+    for k in range(depth, -1, -1):
+        counts = fresh or not distinct  # the left neighbour is new if the longer pair is
+        fresh = nodes[pairs[k]].count == 0
+        if counts:
+            nodes[pairs[k]].count += 1
+            nodes[path[k]].total += 1
+            nodes[path[k]].kinds += fresh
+    depth = 1 if token == bos else min(depth + 1, len(path) - 1)
+    path[1 : depth + 1] = pairs[:depth]
+    head[:] = used, depth, learned + 1
+
+
+@njit(nogil=True, cache=True)
+def mix(state, tokens, net, top, alphabet, rule, learns, adapts):
+    """BackoffMixer.score with the net's log-probabilities of each token and of its likeliest."""
+    weights, out = state[4], np.empty((len(tokens), 3))
+    vocab, bos = alphabet
+    for i in range(len(tokens)):
+        p, trust = ngram_probability(state, tokens[i], vocab, rule)
+        odds, level = top[i] - math.log(max(1.0 - math.exp(top[i]), 1e-9)), 0
+        for edge in range(-3, 6):
+            level += odds >= edge
+        weight = weights[level, trust]
+        alpha = weight[0] / weight[1]
+        mixed = (1.0 - alpha) * math.exp(net[i]) + alpha * p
+        out[i] = -net[i], -math.log(p), -math.log(mixed)
+        if learns:
+            learn(state, tokens[i], vocab, bos, rule[4])
+        if learns and adapts:
+            weight[0] += alpha * p / mixed
+            weight[1] += 1.0
+    return out
+
+
+class BackoffMixer:
+    """p_mix = (1 - a) p_net + a p_ngram; the counts and a come from the text before the token.
+
+    A context reaches back to the last BOS and no further: all that lies before it, or before the
+    text, would read as more BOS. The context that begins with BOS is the longest one there.
+    `alpha` None learns a: for each bin of the net's confidence (log-odds of its likeliest token, in
+    whole nats) and of the trust in the counts, a is the mean share a p_ngram / p_mix that the
+    n-gram model had in the bin's tokens so far: online EM for a mixture's weight.
+    """
+
+    def __init__(
+        self, vocab: int, bos: int, order: int, smoothing: str, alpha: float | None, capacity: int
+    ) -> None:
+        """vocab V; bos: its id; order: longest context, 1 to 8 tokens; capacity: tokens of text."""
+        self.alphabet, self.rule = (vocab, bos), SMOOTHINGS[smoothing]
+        self.adapts, self.capacity, self.most = alpha is None, capacity, 2 + capacity * (order + 1)
+        if not (1 <= order <= 8 and 0 <= bos < vocab and 0 <= (alpha or 0) <= 1):
+            raise ValueError(f"order {order}, BOS {bos} of {vocab}, alpha {alpha}: out of range")
+        if self.most >= 2**31 or self.most * vocab >= 2**63:
+            raise ValueError(f"{capacity} tokens of {vocab} at order {order}: too many to number")
+        nodes, slots, path = np.zeros(2, NODE), np.zeros(4, np.int32), np.zeros(order + 1, np.int64)
+        nodes["key"][1], path[1] = bos, 1
+        fill(slots, nodes, 2)
+        prior = (FIRST_ALPHA * FIRST_TOKENS, FIRST_TOKENS) if alpha is None else (alpha, 1.0)
+        self.state = slots, nodes, np.array([2, 1, 0]), path, np.full((10, 3 * order + 3, 2), prior)
+
+    def reserve(self, tokens: int) -> None:
+        """Make room for so many more tokens; at least half of the slots stay empty."""
+        _, nodes, head, path, weights = self.state
+        need = int(head[0]) + tokens * len(path)
+        if head[2] + tokens > self.capacity:
+            raise ValueError(f"{head[2] + tokens} tokens, more than the {self.capacity} announced")
+        if need > len(nodes):
+            more = np.zeros(min(max(need, 2 * len(nodes)), self.most), NODE)
+            more[: len(nodes)] = nodes
+            slots = np.zeros(1 << (2 * len(more) - 1).bit_length(), np.int32)
+            fill(slots, more, head[0])
+            self.state = slots, more, head, path, weights
+
+    def begin(self, first: int) -> None:
+        """Read the text's first token, which is not scored. BOS says nothing: it is assumed."""
+        if first != self.alphabet[1]:
+            self.reserve(1)
+            learn(self.state, int(first), *self.alphabet, self.rule[4])
+
+    def score(self, tokens: Any, logs: Any, learns: bool = True) -> Any:
+        """Score the text's next tokens in order, each before it is learned.
+
+        tokens (m,) int32, logs (m, V) float32: the net's log-probabilities, taken as they are
+        -> (m, 3) float64 nats of each token: by the net, by the n-gram model, mixed.
+        `learns` False asks what each token would cost if it came next, and changes nothing.
+        """
+        if logs.shape != (len(tokens), self.alphabet[0]):
+            raise ValueError(f"{logs.shape} log-probabilities for {len(tokens)} tokens")
+        if len(tokens) and not 0 <= tokens.min() <= tokens.max() < self.alphabet[0]:
+            raise ValueError(f"a token outside the vocabulary of {self.alphabet[0]}")
+        self.reserve(len(tokens) if learns else 0)
+        net = logs[np.arange(len(tokens)), tokens].astype(np.float64)
+        top, tokens = logs.max(axis=1).astype(np.float64), tokens.astype(np.int64)
+        return mix(self.state, tokens, net, top, self.alphabet, self.rule, learns, self.adapts)
+
+    def save(self) -> tuple[Any, ...]:
+        """A copy of all that scoring changes."""
+        return tuple(array.copy() for array in self.state)
+
+    def restore(self, state: tuple[Any, ...]) -> None:
+        """Go back to what `save` returned, which stays good for another time."""
+        self.state = tuple(array.copy() for array in state)
+
+
+# ==================================================================================================
+# LOGISTIC MIXER: a token is a path of binary decisions; experts are mixed at each, as logits
+# ==================================================================================================
+
+# Encoder and decoder must agree to the bit on every machine. So all that the tables learn from is
+# integers, or single float32 operations in a fixed order; logarithms of tables are `decimal`'s,
+# which rounds correctly everywhere. No compiler may fuse or reorder them: no `fastmath` here.
+
+
+class Context(NamedTuple):
+    """What a slot or candidate expert knows of the past; a row more is an expert more.
+
+    tokens, classes: bit k is set if token t-1-k, or its class of similar tokens, counts. words: 1
+    the tokens since the last piece that starts a word, 2 that and the word before it. document:
+    counts end with the document.
+    """
+
+    name: str
+    tokens: int = 0
+    classes: int = 0
+    words: int = 0
+    document: bool = False
+
+
+SLOT_CONTEXTS = (
+    Context("order 0"),
+    Context("order 1", tokens=0b1),
+    Context("order 2", tokens=0b11),
+    Context("order 3", tokens=0b111),
+    Context("word", words=1),
+    Context("word pair", words=2),
+    Context("t-2", tokens=0b10),
+    Context("t-1 and class of t-2", tokens=0b1, classes=0b10),
+    Context("classes of t-1, t-2", classes=0b11),
+    Context("document", document=True),
+    Context("document, order 1", tokens=0b1, document=True),
+    Context("document, word", words=1, document=True),
+    Context("document, order 2", tokens=0b11, document=True),
+)
+CANDIDATE_CONTEXTS = (
+    Context("candidates, order 3", tokens=0b111),
+    Context("candidates, order 4", tokens=0b1111),
+    Context("candidates, word pair", words=2),
+    Context("candidates, document, word", words=1, document=True),
+)
+SLOTS, CANDIDATES = len(SLOT_CONTEXTS), len(CANDIDATE_CONTEXTS)
+INPUTS = 2 * SLOTS + CANDIDATES + 2  # and the match, and a bias
+WIDTH = -(-INPUTS // 8) * 8  # a row of weights, padded for vector instructions
+SETS, NET_SETS = 8, 3  # weight sets that a node's inputs choose
+LEVELS = 3  # decisions that share a slot: a tag and 7 nodes are 32 bytes
+HALF = np.uint32(1 << 31)  # a cell: 22 bits of probability, 10 of count; this one is 1/2, unseen
+SCORE, ENCODE, DECODE = 0, 1, 2
+
+
+def cells(probability: Any) -> Any:
+    """Cells of count 0 from probabilities in 65,536ths."""
+    return (np.asarray(probability, np.int64) << 16).astype(np.uint32)
+
+
+@functools.cache
+def logit_tables() -> tuple[Any, Any]:
+    """(stretch (4096,) float32: ln(p / (1-p)) of p in 4096ths; squash (4096,) int32: its inverse,
+    in 65,536ths, of -12 .. 12). Correctly rounded, so the same on every machine."""
+    with decimal.localcontext() as context:
+        context.prec = 24
+        number = decimal.Decimal
+        stretch = [(number(2 * i + 1) / number(8191 - 2 * i)).ln() for i in range(4096)]
+        steps = [(number(2 * i + 1) / 2) * 24 / 4096 - 12 for i in range(4096)]
+        squash = [int(65536 / (1 + (-x).exp()) + number("0.5")) for x in steps]
+    return np.array(stretch, np.float32), np.clip(squash, 1, 65535).astype(np.int32)
+
+
+STRETCH, SQUASH = logit_tables()
+RATE = (65536 * 2 // (2 * np.arange(1024) + 3)).astype(np.int64)  # 1 / (n + 1.5)
+COUNT_BUCKET = np.searchsorted([1, 2, 3, 4, 6, 9, 13, 25, 65], np.arange(1024), "right")
+EVIDENCE_BUCKET = np.searchsorted([1, 2, 3, 4, 5, 7, 10, 16, 32], np.arange(2048), "right")
+MAP_LIMIT, SLOT_LIMIT, APM_LIMIT = 1023, 255, 250  # counts up to which cells slow down
+FIRST_RATE, LAST_RATE, FADE = np.float32(0.02), np.float32(0.002), np.float32(0.01)
+FINAL_RATE, NET_RATE = 0.002, 0.015
+LONGEST_MATCH, SHORTEST_MATCH, CLASS_BITS = 32, 7, 6
+
+
+class Mixer(NamedTuple):
+    """All of a mixer's state as arrays, so that compiled code can take it and a copy is a copy."""
+
+    slot_rows: Any  # (SLOTS, 6) int64: a Context's numbers, then first slot and slots of its region
+    candidate_rows: Any  # (CANDIDATES, 6) int64
+    leaf: Any  # (V,) int64: a token's path through the tree, its first decision the highest bit
+    token: Any  # (2^L,) int64: the token at a leaf, or -1
+    inside: Any  # (2^(L+1),) int64: tokens below each node
+    starts: Any  # (V,) bool: the piece starts a word
+    slots: Any  # (n, 8) uint32: a tag, then a cell for each of 7 nodes
+    candidates: Any  # (n, 8) uint32: a tag, then 7 leaves << 16 | count, most recent first
+    slot_map: Any  # cells by expert, level, count and stretched probability
+    candidate_map: Any  # cells by expert, level, evidence for 0 and 1, most recent side
+    match_map: Any  # cells by level and length of the match
+    weights: Any  # (rows of all sets, WIDTH) float32
+    visits: Any  # (rows of all sets,) float32: how often each row has learned
+    set_base: Any  # (SETS + 1,) int64
+    set_weights: Any  # (2^L, SETS) float32
+    apm: Any  # (2^L, 33) cells by node
+    apm_hashed: Any  # (n, 33) cells by hash of t-1 and node
+    net_weights: Any  # (rows of all net sets, 3) float32: mixer, net, bias
+    net_base: Any  # (NET_SETS + 1,) int64
+    repeats: Any  # (n,) int32: the position after the last text of SHORTEST_MATCH tokens
+    history: Any  # (capacity,) int32: the tokens so far
+    now: Any  # int64: tokens so far, start of the document, match position, match length
+    words: Any  # (2,) uint64: hashes of the current word and the one before
+
+
+@njit(cache=True)
+def mix_hash(h, value):
+    """One round of a 64-bit multiply-xor-shift."""
+    h = (h ^ np.uint64(value)) * np.uint64(0x9E3779B97F4A7C15)
+    return h ^ (h >> np.uint64(29))
+
+
+@njit(cache=True)
+def learn_bit(cells, at, bit, limit):
+    """Move a cell's probability towards the bit by 1 / (count + 1.5)."""
+    n, p = np.int64(cells[at] & np.uint32(1023)), np.int64(cells[at] >> np.uint32(10))
+    p += ((bit * 4194303 - p) * RATE[n]) >> 16
+    cells[at] = np.uint32((p << 10) | min(n + 1, limit))
+
+
+@njit(cache=True)
+def stretched(cell):
+    """ln(p / (1-p)) of a cell."""
+    return STRETCH[cell >> np.uint32(20)]
+
+
+@njit(cache=True)
+def squashed(x):
+    """Logit, float32, within 12 of 0 -> probability in 65,536ths, 1 .. 65,535."""
+    at = np.int64((x + np.float32(12)) * np.float32(4096 / 24))
+    return SQUASH[min(max(at, 0), 4095)]
+
+
+@njit(cache=True)
+def clamp(x):
+    """A logit that `squashed` can take."""
+    return min(max(x, np.float32(-11.9)), np.float32(11.9))
+
+
+@njit(cache=True)
+def recent(history, now, back, bos):
+    """Token t - back, or BOS where that lies before the document."""
+    at = now[0] - back
+    return np.int64(history[at]) if at >= now[1] and at >= 0 else bos
+
+
+@njit(cache=True)
+def context_key(row, history, now, words, leaf, bos, shift):
+    """64-bit key of a Context's row: it is of the past alone."""
+    h = mix_hash(np.uint64(1), row[0] | row[1] << 8 | row[2] << 16 | row[3] << 20)
+    for back in range(8):
+        if row[0] >> back & 1:
+            h = mix_hash(h, recent(history, now, back + 1, bos))
+        if row[1] >> back & 1:
+            h = mix_hash(h, leaf[recent(history, now, back + 1, bos)] >> shift)
+    for k in range(row[2]):
+        h = mix_hash(h, words[k])
+    return mix_hash(h, now[1]) if row[3] else h
+
+
+@njit(cache=True)
+def find(table, row, h, blank):
+    """Row of a two-way table for the key h; the less used of the two is replaced by `blank`."""
+    tag = np.uint32(h >> np.uint64(32)) | np.uint32(1)
+    low = np.int64(h & np.uint64(0xFFFFFFFF))
+    i = row[4] + ((low * row[5]) >> 32)
+    j = i ^ 1
+    if table[i, 0] == tag:
+        return i
+    if table[j, 0] == tag:
+        return j
+    if table[j, 1] & np.uint32(1023) < table[i, 1] & np.uint32(1023):
+        i = j
+    table[i, 0] = tag
+    for k in range(1, table.shape[1]):
+        table[i, k] = blank
+    return i
+
+
+@njit(cache=True)
+def dot(w, r, x):
+    """Sum of w[r] * x in eight partial sums: one order on every machine, and vectors fit it."""
+    a = b = c = d = e = f = g = h = np.float32(0)
+    for j in range(0, WIDTH, 8):
+        a += w[r, j] * x[j]
+        b += w[r, j + 1] * x[j + 1]
+        c += w[r, j + 2] * x[j + 2]
+        d += w[r, j + 3] * x[j + 3]
+        e += w[r, j + 4] * x[j + 4]
+        f += w[r, j + 5] * x[j + 5]
+        g += w[r, j + 6] * x[j + 6]
+        h += w[r, j + 7] * x[j + 7]
+    return ((a + e) + (c + g)) + ((b + f) + (d + h))
+
+
+@njit(cache=True)
+def learn_weights(w, visits, r, x, error):
+    """A gradient step for w[r], smaller the more it has taken."""
+    rate = max(LAST_RATE, FIRST_RATE / (np.float32(1) + visits[r] * FADE))
+    visits[r] += np.float32(1)
+    step = error * rate
+    for j in range(WIDTH):
+        w[r, j] += step * x[j]
+
+
+@njit(cache=True)
+def slot_inputs(slots, slot_map, slot, at, level, levels, x, chosen):
+    """Two inputs an expert: its cell, and what cells like it meant so far; returns those seen."""
+    seen = 0
+    for a in range(SLOTS):
+        cell = slots[slot[a], at]
+        s = stretched(cell)
+        count = np.int64(cell & np.uint32(1023))
+        grid = min(max(np.int64((s + np.float32(8)) * np.float32(2)), 0), 31)
+        chosen[a] = ((a * levels + level) * 10 + COUNT_BUCKET[count]) * 32 + grid
+        x[2 * a] = s
+        x[2 * a + 1] = stretched(slot_map[chosen[a]]) if count else np.float32(0)
+        seen += count > 0
+    return seen
+
+
+@njit(cache=True)
+def candidate_inputs(candidates, candidate_map, found, node, level, levels, x, chosen):
+    """An input an expert, from the counts of the candidates below each side of the node.
+
+    Returns (experts that have any, what they agree on: base 4, a digit an expert).
+    """
+    seen, agree = 0, 0
+    for c in range(CANDIDATES):
+        n0, n1, newest = 0, 0, 2
+        for m in range(1, 8):
+            entry = candidates[found[c], m]
+            if entry == 0:
+                break
+            leaf = np.int64(entry >> np.uint32(16)) | 1 << levels
+            if leaf >> (levels - level) == node:
+                bit = leaf >> (levels - level - 1) & 1
+                newest = bit if newest == 2 else newest
+                n0 += np.int64(entry & np.uint32(0xFFFF)) * (1 - bit)
+                n1 += np.int64(entry & np.uint32(0xFFFF)) * bit
+        pair = EVIDENCE_BUCKET[n0] * 10 + EVIDENCE_BUCKET[n1]
+        chosen[c] = ((c * levels + level) * 100 + pair) * 3 + newest
+        s = stretched(candidate_map[chosen[c]])
+        x[2 * SLOTS + c] = s if newest < 2 else np.float32(0)
+        agree = agree * 4 + (0 if newest == 2 else 2 if s > 0 else 1)
+        seen += newest < 2
+    return seen, agree
+
+
+@njit(cache=True)
+def refine(apm, apm_hashed, node, before, mixed, at):
+    """Two adaptive probability maps of the mixed logit, interpolated; half the weight is theirs.
+
+    `at`: the two cells to learn from, set here. Returns a probability in 65,536ths.
+    """
+    place = min(max((mixed + np.float32(8)) * np.float32(2), np.float32(0)), np.float32(31.99))
+    low = np.int64(place)
+    high = place - np.float32(low)
+    hashed = (mix_hash(np.uint64(before), node) >> np.uint64(40)) % np.uint64(len(apm_hashed) // 33)
+    at[0], at[1] = node * 33 + low, np.int64(hashed) * 33 + low
+    total = np.float32(0)
+    for k, table in enumerate((apm, apm_hashed)):
+        a = np.float32(table[at[k]] >> np.uint32(10)) * (np.float32(1) - high)
+        total += a + np.float32(table[at[k] + 1] >> np.uint32(10)) * high
+        at[k] += high >= np.float32(0.5)
+    p = np.float32(squashed(mixed)) * np.float32(0.5) + total * np.float32(0.25 / 64)
+    return min(max(np.int64(p), 1), 65535)
+
+
+@njit(cache=True)
+def with_net(weights, sets, p, p_net, inputs):
+    """Probability of 1 from the mixer's and the net's, in 65,536ths; float32 logits in inputs."""
+    inputs[0], inputs[1] = STRETCH[p >> 4], STRETCH[p_net >> 4]
+    x = np.float32(0)
+    for k in range(NET_SETS):
+        w = weights[sets[k]]
+        x += inputs[0] * w[0] + inputs[1] * w[1] + inputs[2] * w[2]
+    return squashed(clamp(x / np.float32(NET_SETS)))
+
+
+@njit(cache=True)
+def code_bit(coder, buffer, mode, p, bit):
+    """Carry-less binary arithmetic coding (as in lpaq), p in 65,536ths; returns the bit.
+
+    coder (4,) uint64: low, high, the decoder's window, the position in the buffer of bytes.
+    """
+    span = coder[1] - coder[0]
+    middle = coder[0] + ((span * np.uint64(p)) >> np.uint64(16))
+    if mode == DECODE:
+        bit = np.int64(coder[2] <= middle)
+    if bit:
+        coder[1] = middle
+    else:
+        coder[0] = middle + np.uint64(1)
+    while (coder[0] ^ coder[1]) & np.uint64(0xFF000000) == 0:
+        at = np.int64(coder[3])
+        if mode == ENCODE:
+            buffer[at] = coder[1] >> np.uint64(24)
+        else:
+            byte = np.uint64(buffer[at]) if at < len(buffer) else np.uint64(0)
+            coder[2] = (coder[2] << np.uint64(8)) & np.uint64(0xFFFFFFFF) | byte
+        coder[3] += np.uint64(1)
+        coder[0] = (coder[0] << np.uint64(8)) & np.uint64(0xFFFFFFFF)
+        coder[1] = (coder[1] << np.uint64(8)) & np.uint64(0xFFFFFFFF) | np.uint64(255)
+    return bit
+
+
+@njit(cache=True)
+def sum_tree(leaf, row, mass):
+    """The net's row (V,), in 2^-30, summed below every node of the tree."""
+    leaves = len(mass) // 2
+    mass[leaves:] = 0
+    for v in range(len(row)):
+        mass[leaves + leaf[v]] = np.int64(row[v]) + 1
+    for node in range(leaves - 1, 0, -1):
+        mass[node] = mass[2 * node] + mass[2 * node + 1]
+
+
+@njit(cache=True)
+def remember(candidates, found, leaf, token, starts, history, now, words, bos):
+    """After a token: candidates, history, words, document."""
+    for c in range(CANDIDATES):
+        row, m = candidates[found[c]], 1
+        while m < 7 and row[m] and np.int64(row[m] >> np.uint32(16)) != leaf:
+            m += 1
+        known = row[m] != 0 and np.int64(row[m] >> np.uint32(16)) == leaf
+        count = np.int64(row[m] & np.uint32(0xFFFF)) if known else 0
+        for k in range(m, 1, -1):
+            row[k] = row[k - 1]
+        for k in range(2, 8):  # new evidence fades the rest
+            old = np.int64(row[k] & np.uint32(0xFFFF))
+            if old > 2:
+                row[k] -= np.uint32((old + 1) >> 2)
+        row[1] = np.uint32((leaf << 16) | min(count + 1, 255))
+    n = now[0]
+    history[n] = token
+    now[0] = n + 1
+    if token == bos:
+        now[1], words[0], words[1] = n, 0, 0
+    elif starts[token]:
+        words[1], words[0] = words[0], mix_hash(np.uint64(5), token)
+    else:
+        words[0] = mix_hash(words[0], token)
+
+
+@njit(cache=True)
+def follow_match(history, now, repeats, token):
+    """Keep the match if it foretold the token, else look for the last place of this text."""
+    n = now[0]
+    if now[3] and history[now[2]] == token:
+        now[2] += 1
+        now[3] += 1
+    else:
+        now[3] = 0
+    if n < SHORTEST_MATCH:
+        return
+    h = np.uint64(9)
+    for k in range(1, SHORTEST_MATCH + 1):
+        h = mix_hash(h, history[n - k])
+    at, length = np.int64((h >> np.uint64(20)) % np.uint64(len(repeats))), 0
+    before = np.int64(repeats[at])
+    if now[3] == 0 and before:
+        while length < min(LONGEST_MATCH, before) and (
+            history[before - 1 - length] == history[n - 1 - length]
+        ):
+            length += 1
+        now[2], now[3] = before, length if length >= SHORTEST_MATCH else 0
+    repeats[at] = n
+
+
+@njit(nogil=True, cache=True)
+def code_tokens(state, tokens, rows, bos, mode, coder, buffer, nats):
+    """Score, encode or decode tokens in order, learning from each after it is coded.
+
+    tokens (m,) int64, written when decoding; rows (m, V) uint32: the net's probabilities in 2^-30,
+    or (0, V) for none; nats (m, 2) float64, written: cost by the contexts alone, and with the net.
+    A node's probability depends on the past and on this token's earlier decisions only, so the
+    products over all tokens sum to 1.
+    """
+    (slot_rows, candidate_rows, leaf, token, inside, starts, slots, candidates, slot_map,
+     candidate_map, match_map, weights, visits, set_base, set_weights, apm, apm_hashed,
+     net_weights, net_base, repeats, history, now, words) = state  # fmt: skip
+    levels = 0
+    while 1 << levels < len(token):
+        levels += 1
+    x, dots = np.zeros(WIDTH, np.float32), np.zeros(SETS, np.float32)
+    sets, net_sets = np.zeros(SETS, np.int64), np.zeros(NET_SETS, np.int64)
+    keys, slot = np.zeros(SLOTS, np.uint64), np.zeros(SLOTS, np.int64)
+    slot_cells, refined = np.zeros(SLOTS, np.int64), np.zeros(2, np.int64)
+    found, candidate_cells = np.zeros(CANDIDATES, np.int64), np.zeros(CANDIDATES, np.int64)
+    mass, net_inputs = np.zeros(2 * len(token), np.int64), np.zeros(3, np.float32)
+    x[INPUTS - 1] = net_inputs[2] = np.float32(0.3)
+    shift = max(levels - CLASS_BITS, 0)
+    for i in range(len(tokens)):
+        n, p_net = now[0], 0
+        for a in range(SLOTS):
+            keys[a] = context_key(slot_rows[a], history, now, words, leaf, bos, shift)
+        for c in range(CANDIDATES):
+            row = candidate_rows[c]
+            key = context_key(row, history, now, words, leaf, bos, shift)
+            found[c] = find(candidates, row, key, np.uint32(0))
+        before, age = recent(history, now, 1, bos), 0
+        while (n - now[1]) >> age > 1 and age < 15:
+            age += 1
+        foretold = np.int64(-1)
+        if now[3]:
+            foretold = leaf[history[now[2]]] | 1 << levels
+        if len(rows):
+            sum_tree(leaf, rows[i], mass)
+        node, at, cost, cost_net = 1, 1, 0.0, 0.0
+        target = leaf[tokens[i]] if mode != DECODE else 0
+        for level in range(levels):
+            if level % LEVELS == 0:
+                for a in range(SLOTS):
+                    key = mix_hash(keys[a], node)
+                    slot[a] = find(slots, slot_rows[a], key, HALF)
+                at = 1
+            if inside[2 * node + 1] == 0:
+                node, at = 2 * node, 2 * at
+                continue
+            seen = slot_inputs(slots, slot_map, slot, at, level, levels, x, slot_cells)
+            more, agree = candidate_inputs(
+                candidates, candidate_map, found, node, level, levels, x, candidate_cells
+            )
+            match_cell, length, side = -1, 0, 0
+            x[2 * SLOTS + CANDIDATES] = np.float32(0)
+            if foretold >> (levels - level) == node:
+                side = foretold >> (levels - level - 1) & 1
+                match_cell, length = level * 64 + min(now[3], 63), min(1 + now[3] // 4, 15)
+                s = stretched(match_map[match_cell])
+                x[2 * SLOTS + CANDIDATES] = s if side else -s
+            sets[0], sets[1], sets[2] = (
+                node,
+                length * levels + level,
+                (seen + more) * levels + level,
+            )
+            sets[3], sets[4], sets[5] = before, recent(history, now, 2, bos), agree
+            sets[6], sets[7] = 0, age * len(token) + node
+            for a in range(2, 5):
+                count = slots[slot[a], at] & np.uint32(1023)
+                sets[6] = sets[6] * 10 + COUNT_BUCKET[count]
+            mixed = np.float32(0)
+            for k in range(SETS):
+                sets[k] += set_base[k]
+                dots[k] = clamp(dot(weights, sets[k], x))
+                mixed += dots[k] * set_weights[node, k]
+            mixed = clamp(mixed)
+            p = refine(apm, apm_hashed, node, before, mixed, refined)
+            p_out = p
+            if len(rows):
+                p_net = min(max((mass[2 * node + 1] << 16) // mass[node], 1), 65535)
+                sure = min(max(np.int64(STRETCH[p_net >> 4] + np.float32(8)), 0), 15)
+                net_sets[0], net_sets[1] = node, level * 16 + sure
+                net_sets[2] = level * (SLOTS + CANDIDATES + 1) + seen + more
+                net_sets += net_base[:NET_SETS]
+                p_out = with_net(net_weights, net_sets, p, p_net, net_inputs)
+            bit = target >> (levels - level - 1) & 1
+            if mode != SCORE:
+                bit = code_bit(coder, buffer, mode, p_out, bit)
+            cost -= math.log((p if bit else 65536 - p) / 65536)
+            cost_net -= math.log((p_out if bit else 65536 - p_out) / 65536)
+            # Everything below learns from the bit, which is coded by now.
+            if len(rows):
+                error = np.float32(bit * 65536 - p_out) * np.float32(NET_RATE / 65536)
+                for k in range(NET_SETS):
+                    for j in range(3):
+                        net_weights[net_sets[k], j] += error * net_inputs[j]
+            error = np.float32(bit * 65536 - squashed(mixed)) * np.float32(FINAL_RATE / 65536)
+            for k in range(SETS):
+                error_k = np.float32(bit * 65536 - squashed(dots[k])) * np.float32(1 / 65536)
+                learn_weights(weights, visits, sets[k], x, error_k)
+                set_weights[node, k] += error * dots[k]
+            learn_bit(apm, refined[0], bit, APM_LIMIT)
+            learn_bit(apm_hashed, refined[1], bit, APM_LIMIT)
+            for a in range(SLOTS):
+                if slots[slot[a], at] & np.uint32(1023):
+                    learn_bit(slot_map, slot_cells[a], bit, MAP_LIMIT)
+                learn_bit(slots[slot[a]], at, bit, SLOT_LIMIT)
+            for c in range(CANDIDATES):
+                if x[2 * SLOTS + c] != 0:
+                    learn_bit(candidate_map, candidate_cells[c], bit, MAP_LIMIT)
+            if match_cell >= 0:
+                learn_bit(match_map, match_cell, np.int64(bit == side), MAP_LIMIT)
+            node, at = 2 * node + bit, 2 * at + bit
+        if mode == DECODE:
+            tokens[i] = token[node - len(token)]
+        nats[i, 0], nats[i, 1] = cost, cost_net
+        remember(candidates, found, leaf[tokens[i]], tokens[i], starts, history, now, words, bos)
+        follow_match(history, now, repeats, tokens[i])
+
+
+def token_tree(text: Any, vocab: int) -> Any:
+    """Leaf of each token in a balanced binary tree: alike tokens lie close. (V,) int64.
+
+    Tokens are alike if the same tokens come before and after them, as counted in `text`. A node's
+    tokens are halved by their first principal component, then by balanced 2-means.
+    """
+    frequency = np.bincount(text, minlength=vocab).astype(np.float64)
+    column, common = np.full(vocab, min(vocab, 1024) - 1), np.argsort(-frequency, kind="stable")
+    column[common[:1024]] = np.arange(min(vocab, 1024))
+    width, text = min(vocab, 1024), text.astype(np.int64)
+
+    def root_shares(here: Any, there: Any) -> Any:
+        pairs = np.bincount(here * width + column[there], minlength=vocab * width)
+        pairs = pairs.reshape(vocab, width).astype(np.float32)
+        return np.sqrt(pairs / np.maximum(pairs.sum(axis=1, keepdims=True), 1))
+
+    x = np.hstack([root_shares(text[1:], text[:-1]), 0.7 * root_shares(text[:-1], text[1:])])
+    share = (frequency / max(frequency.sum(), 1))[:, None]
+    x -= (x * share).sum(axis=0)
+    _, vectors = np.linalg.eigh((x * share).T @ x)
+    x, weight = x @ vectors[:, -60:], np.sqrt(frequency + 1)[:, None]
+    nodes, leaf = [np.arange(vocab)], np.zeros(vocab, np.int64)
+    for _ in range(max(vocab - 1, 1).bit_length()):
+        nodes = [half for node in nodes for half in halves(node, x[node], weight[node])]
+    for i, node in enumerate(nodes):
+        leaf[node] = i
+    return leaf
+
+
+def halves(node: Any, x: Any, weight: Any) -> tuple[Any, Any]:
+    """Tokens (n,) with features x (n, K) -> two halves of like ones, the larger first."""
+    if len(node) < 2:
+        return node, node[:0]
+    centred, half = x - (x * weight).sum(axis=0) / weight.sum(), (len(node) + 1) // 2
+    key = centred @ np.linalg.eigh((centred * weight).T @ centred)[1][:, -1]
+    for _ in range(10):
+        order = np.argsort(key, kind="stable")
+        a, b = order[:half], order[half:]
+        near, far = ((x[i] * weight[i]).sum(axis=0) / weight[i].sum() for i in (a, b))
+        key = ((x - near) ** 2).sum(axis=1) - ((x - far) ** 2).sum(axis=1)
+        if (np.argsort(key, kind="stable") == order).all():
+            break
+    return node[a], node[b]
+
+
+def context_rows(contexts: tuple[Context, ...], regions: tuple[tuple[int, int], ...]) -> Any:
+    """Contexts -> (n, 6) int64 for the kernel; regions: (first row, rows) for others, documents."""
+    rows = [(c.tokens, c.classes, c.words, c.document, *regions[c.document]) for c in contexts]
+    return np.array(rows, np.int64)
+
+
+def new_mixer(tokens: Tokens, leaf: Any, capacity: int, memory_mb: int) -> Mixer:
+    """An empty mixer for `capacity` tokens of history; its tables take about `memory_mb` MiB."""
+    unit, leaves = memory_mb << 20, 1 << max(tokens.vocab - 1, 1).bit_length()
+    levels = leaves.bit_length() - 1
+    slots, found = (unit * 15 // 16 >> LEVELS + 2) & ~1, unit // 16 // 32 & ~1
+    local = min(1 << 21 - LEVELS, slots // 8 & ~1)
+    token = np.full(leaves, -1, np.int64)
+    token[leaf] = np.arange(tokens.vocab)
+    inside = np.concatenate([np.zeros(leaves, np.int64), token >= 0])
+    for node in range(leaves - 1, 0, -1):
+        inside[node] = inside[2 * node] + inside[2 * node + 1]
+    grid = cells(SQUASH[(np.arange(32) * 2 - 31) * 1024 // 24 + 2048 - 0])
+    evidence = np.array([0, 10, 20, 30, 40, 55, 80, 130, 220, 400])
+    odds = (evidence + 4) * 65536 // (evidence[:, None] + evidence + 8)
+    candidate = np.repeat(cells(odds).reshape(-1), 3)
+    apm = cells(SQUASH[np.clip((np.arange(33) - 16) * 2048 // 24 + 2048, 0, 4095)])
+    experts = SLOTS + CANDIDATES + 1
+    set_rows = [leaves, 16 * levels, experts * levels, tokens.vocab, tokens.vocab, 4**CANDIDATES,
+                1000, 16 * leaves]  # fmt: skip
+    net_rows = [leaves, 16 * levels, experts * levels]
+    net_weights = np.tile(np.array([0.9, 0.1, 0], np.float32), (sum(net_rows), 1))
+    return Mixer(
+        slot_rows=context_rows(SLOT_CONTEXTS, ((local, slots - local), (0, local))),
+        candidate_rows=context_rows(CANDIDATE_CONTEXTS, ((0, found), (0, found))),
+        leaf=leaf, token=token, inside=inside, starts=tokens.leading,
+        slots=np.zeros((slots, 1 << LEVELS), np.uint32), candidates=np.zeros((found, 8), np.uint32),
+        slot_map=np.tile(grid, SLOTS * levels * 10),
+        candidate_map=np.tile(candidate, CANDIDATES * levels),
+        match_map=np.full(levels * 64, cells(49152)),
+        weights=np.full((sum(set_rows), WIDTH), 0.15, np.float32),
+        visits=np.zeros(sum(set_rows), np.float32), set_base=np.cumsum([0, *set_rows]),
+        apm=np.tile(apm, leaves),
+        set_weights=np.full((leaves, SETS), 1 / SETS, np.float32),
+        apm_hashed=np.tile(apm, min(1 << 16, unit // 1024)),
+        net_weights=net_weights, net_base=np.cumsum([0, *net_rows]),
+        repeats=np.zeros(min(1 << 24, max(unit // 64, 64)), np.int32),
+        history=np.zeros(capacity, np.int32), now=np.zeros(4, np.int64),
+        words=np.zeros(2, np.uint64),
+    )  # fmt: skip
+
+
+class Coder:
+    """An arithmetic code being written, or with `data` being read."""
+
+    def __init__(self, data: bytes | None = None) -> None:
+        self.mode, self.out = ENCODE if data is None else DECODE, bytearray()
+        self.buffer = np.frombuffer(bytearray(data or b""), np.uint8)
+        window = int.from_bytes((data or b"")[:4].ljust(4, b"\0"), "big")
+        self.state = np.array([0, 0xFFFFFFFF, window, 4 if data is not None else 0], np.uint64)
+
+    def room(self, decisions: int) -> Any:
+        """The buffer for so many more decisions, of at most 2 bytes each."""
+        if self.mode == ENCODE:
+            self.buffer, self.state[3] = np.zeros(2 * decisions + 8, np.uint8), 0
+        return self.buffer
+
+    def flush(self) -> None:
+        """Take what a call has written."""
+        if self.mode == ENCODE:
+            self.out += self.buffer[: int(self.state[3])].tobytes()
+
+    def finish(self) -> bytes:
+        """The whole code; its last bytes name a number inside the final interval."""
+        return bytes(self.out + int(self.state[1]).to_bytes(4, "big"))
+
+
+class LogisticMixer:
+    """The token-bit logistic mixer: experts over exact and hashed contexts, mixed bit by bit.
+
+    After Mahoney's PAQ and lpaq: adaptive probabilities, gated logistic mixing, APM stages. It
+    learns from each token after coding it, whether it scores, encodes or decodes.
+    """
+
+    def __init__(self, tokens: Tokens, leaf: Any, capacity: int, memory_mb: int) -> None:
+        """leaf (V,): see `token_tree`; capacity: tokens that it will ever see."""
+        self.state, self.bos = new_mixer(tokens, leaf, capacity + 1, memory_mb), max(tokens.bos, 0)
+        self.vocab = tokens.vocab
+
+    def code(self, tokens: Any, logs: Any = None, coder: Coder | None = None) -> Any:
+        """Score tokens (m,), or with a coder write them or read them into `tokens` (int64).
+
+        logs (m, V) float32: the net's, if it takes part. Returns (m, 2) float64 nats a token, by
+        the contexts alone and by all.
+        """
+        rows = np.zeros((0, self.vocab), np.uint32)
+        if logs is not None:
+            rows = (np.exp(np.minimum(logs, 0)) * np.float32(1 << 30)).astype(np.uint32)
+        coder, scoring = coder or Coder(), coder is None
+        nats = np.zeros((len(tokens), 2))
+        buffer = coder.room(len(tokens) * 17)
+        mode = SCORE if scoring else coder.mode
+        code_tokens(tuple(self.state), tokens, rows, self.bos, mode, coder.state, buffer, nats)
+        coder.flush()
+        return nats
+
+    def begin(self, first: int) -> None:
+        """Read the text's first token, which is not scored."""
+        self.code(np.array([first], np.int64))
+
+    def score(self, tokens: Any, logs: Any) -> Any:
+        """Tokens (m,) int32, the net's logs (m, V) float32 -> (m, 3) nats: net, contexts, mixed."""
+        net = -logs[np.arange(len(tokens)), tokens].astype(np.float64)
+        return np.column_stack([net, self.code(tokens.astype(np.int64), logs)])
+
+    def save(self) -> Mixer:
+        """A copy of the state."""
+        return Mixer(*(array.copy() for array in self.state))
+
+    def restore(self, state: Mixer) -> None:
+        """Go back to a copy, which stays good."""
+        for mine, its in zip(self.state, state, strict=True):
+            np.copyto(mine, its)
+
+
+# ==================================================================================================
 # ARTIFACT: magic, version, compressor, checksum; then compressed: JSON header, raw tensors
 # ==================================================================================================
 
 CLIP_RATIOS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65)
-MAGIC, FORMAT_VERSION = b"MLXGOLF1", 1
-PREFIX = struct.Struct("<8sHB32s")  # magic, version, compressor, SHA-256 of those two and the rest
+MAGIC, FORMAT_VERSION = b"MLXGOLF1", 2
+# Magic, version, compressor, SHA-256 of those two and the rest, bytes of the compressed model.
+PREFIX = struct.Struct("<8sHB32sQ")
 # Bytes a value after compression, for rows of Gaussian noise (measured, brotli 11).
 NOISE_BYTES = {4: 0.445, 5: 0.56, 6: 0.68, 7: 0.80, 8: 0.925}
 
@@ -1748,33 +2645,47 @@ def unpack_tensors(rows: list, raw: bytes) -> Arrays:
     return out
 
 
-def checksum(version: int, compressor: int, body: bytes) -> bytes:
+def checksum(version: int, compressor: int, model_bytes: int, body: bytes) -> bytes:
     """SHA-256 of all that an artifact holds after its magic number."""
-    return hashlib.sha256(struct.pack("<HB", version, compressor) + body).digest()
+    return hashlib.sha256(struct.pack("<HBQ", version, compressor, model_bytes) + body).digest()
 
 
 LOCAL_KNOBS = {"run_id", "out_dir", "eval_only", "data_path", "tokenizer_path", "resume", "blas",
                "workers", "device", "compute_dtype", "checkpoint_every"}  # fmt: skip
 
 
-def write_artifact(
-    path: Path, params: Arrays, groups: dict[str, Group], cfg: Knobs, tokens: Tokens
-) -> dict[str, Any]:
-    """Write the compressed model with all that scoring needs; returns the export event."""
+def compress_model(
+    params: Arrays, groups: dict[str, Group], cfg: Knobs, tokens: Tokens, packed: Packed | None
+) -> tuple[int, bytes, dict[str, int]]:
+    """(number of the best compressor, compressed model, bytes of each tensor before)."""
     rows, blobs = pack_tensors(params, groups, cfg)
     knobs = {k: v for k, v in dataclasses.asdict(cfg).items() if k not in LOCAL_KNOBS}
-    facts = {k: getattr(tokens, k) for k in ("sha256", "bos", "vocab", "dummy_prefix")}
-    header = json.dumps({"knobs": knobs, "tokenizer": facts, "tensors": rows}).encode()
+    header = {"knobs": knobs, "tensors": rows, "packed_tokens": packed.tokens if packed else -1}
+    header["tokenizer"] = {
+        k: getattr(tokens, k) for k in ("sha256", "bos", "vocab", "dummy_prefix")
+    }
     flags = (tokens.leading + 2 * tokens.control).astype(np.uint8).tobytes()
     table = tokens.piece_bytes.astype("<u2").tobytes() + flags
-    raw = struct.pack("<I", len(header)) + header + table + b"".join(blobs)
-    packed = [compress(raw) for _, compress, _ in compressors()]
-    best = min(range(len(packed)), key=lambda i: len(packed[i]))
-    digest = checksum(FORMAT_VERSION, best, packed[best])
+    if packed:
+        table += packed.leaf.astype("<u2").tobytes()
+    text = json.dumps(header).encode()
+    raw = struct.pack("<I", len(text)) + text + table + b"".join(blobs)
+    results = [compress(raw) for _, compress, _ in compressors()]
+    best = min(range(len(results)), key=lambda i: len(results[i]))
+    return best, results[best], {r[0]: len(blob) for r, blob in zip(rows, blobs, strict=True)}
+
+
+def write_artifact(
+    path: Path, params: Arrays, groups: dict[str, Group], cfg: Knobs, tokens: Tokens,
+    packed: Packed | None = None,
+) -> dict[str, Any]:  # fmt: skip
+    """Write the compressed model, then the packed text; returns the export event."""
+    best, model, sizes = compress_model(params, groups, cfg, tokens, packed)
+    body = model + (packed.code if packed else b"")
+    digest = checksum(FORMAT_VERSION, best, len(model), body)
     part = path.with_suffix(".part")
-    part.write_bytes(PREFIX.pack(MAGIC, FORMAT_VERSION, best, digest) + packed[best])
+    part.write_bytes(PREFIX.pack(MAGIC, FORMAT_VERSION, best, digest, len(model)) + body)
     part.replace(path)
-    sizes = {row[0]: len(blob) for row, blob in zip(rows, blobs, strict=True)}
     return export_event(path, compressors()[best][0], sizes)
 
 
@@ -1813,30 +2724,55 @@ def estimate_bytes(params: Arrays, groups: dict[str, Group], cfg: Knobs) -> int:
     return total
 
 
-def read_artifact(path: Path) -> tuple[dict[str, Any], Tokens, Arrays]:
-    """(header, tokenizer facts, weights) of an artifact. Raises UserError naming what is wrong."""
+@dataclass(frozen=True)
+class Packed:
+    """Training text inside an artifact, as the logistic mixer's code; decoding it is priming."""
+
+    leaf: Any  # (V,) int64: the mixer's tree, see `token_tree`
+    tokens: int
+    code: bytes
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """What an artifact holds."""
+
+    header: dict[str, Any]
+    tokens: Tokens
+    params: Arrays
+    packed: Packed | None
+
+
+def read_artifact(path: Path) -> Artifact:
+    """Read an artifact. Raises UserError naming what is wrong."""
     if not path.is_file():
         raise UserError(f"EVAL_ONLY={path}: no such file")
     blob = path.read_bytes()
     if len(blob) < PREFIX.size or blob[: len(MAGIC)] != MAGIC:
         raise UserError(f"{path}: not an artifact of this script")
-    _, version, number, digest = PREFIX.unpack_from(blob)
+    _, version, number, digest, model_bytes = PREFIX.unpack_from(blob)
     body = blob[PREFIX.size :]
     if version != FORMAT_VERSION:
         raise UserError(f"{path}: format version {version}; this script reads {FORMAT_VERSION}")
-    if checksum(version, number, body) != digest:
+    if checksum(version, number, model_bytes, body) != digest:
         raise UserError(f"{path}: cut short or altered (its checksum does not fit): copy it again")
-    raw = compressors()[number][2](body)
+    raw = compressors()[number][2](body[:model_bytes])
     (length,) = struct.unpack_from("<I", raw)
     header = json.loads(raw[4 : 4 + length])
     if not set(header["knobs"]) <= {field.name for field in dataclasses.fields(Knobs)}:
         raise UserError(f"{path}: made by another version of the script: use that one")
     facts, at = header["tokenizer"], 4 + length
-    sizes = np.frombuffer(raw, "<u2", facts["vocab"], at)
-    flags = np.frombuffer(raw, np.uint8, facts["vocab"], at + 2 * facts["vocab"])
+    vocab, packed = facts["vocab"], None
+    sizes = np.frombuffer(raw, "<u2", vocab, at)
+    flags = np.frombuffer(raw, np.uint8, vocab, at + 2 * vocab)
+    at += 3 * vocab
     dummy, sha = facts["dummy_prefix"], facts["sha256"]
     tokens = Tokens(sizes, (flags & 1) > 0, (flags & 2) > 0, facts["bos"], dummy, sha)
-    return header, tokens, unpack_tensors(header["tensors"], raw[at + 3 * facts["vocab"] :])
+    if header["packed_tokens"] >= 0:
+        leaf = np.frombuffer(raw, "<u2", vocab, at).astype(np.int64)
+        packed = Packed(leaf, header["packed_tokens"], body[model_bytes:])
+        at += 2 * vocab
+    return Artifact(header, tokens, unpack_tensors(header["tensors"], raw[at:]), packed)
 
 
 # ==================================================================================================
@@ -1872,19 +2808,30 @@ def net_stream(
     forward = model.log_probs if on_cpu() else mx.compile(model.log_probs, inputs=model.state)
     padded = np.concatenate([text, np.full(seq_len + stride, max(model.bos, 0), np.int32)])
     every = list(windows(len(text) - 1, seq_len, stride))
-    groups = [every[:1]] if stride < seq_len else []
-    rest = every[len(groups) :]
+    rest = every[1:]
     batch = min(batch, max(len(rest), 1))
-    groups += [rest[i : i + batch] for i in range(0, len(rest), batch)]
+    groups = [every[:1], *(rest[i : i + batch] for i in range(0, len(rest), batch))]
     for index, group in enumerate(groups):
-        last = seq_len if index == 0 and stride < seq_len else stride
+        last = stride if index else seq_len
         rows = np.stack([padded[s : s + seq_len] for s, _, _ in group])
+        if index == 0:  # a fixed shape, which a decoder repeats token by token
+            yield 0, first_window(model, rows[0], workers)[: group[0][2]]
+            continue
         rows = np.pad(rows, [(0, batch - len(rows)), (0, 0)]) if len(group) > 1 else rows
         shares = np.array_split(rows, min(workers.count, len(rows)))
         parts = workers.map(forward, [(mx.array(share), last) for share in shares])
         out = np.concatenate([np.array(p) for p in parts])
         for (_, first, end), logs in zip(group, out, strict=False):
             yield first, logs[: end - first]
+
+
+def first_window(model: GPT, inputs: Any, workers: Workers) -> Any:
+    """The net's log-distributions after each of a window's inputs (T,), alone: (T, V) float32.
+
+    A row is a function of the inputs up to its own, whatever follows, to the bit.
+    """
+    parts = workers.map(model.log_probs, [(mx.array(inputs[None]), len(inputs))])
+    return np.array(parts[0])[0]
 
 
 def bits_per_byte(nats: float, byte_count: int) -> float:
@@ -1895,28 +2842,364 @@ def bits_per_byte(nats: float, byte_count: int) -> float:
 Progress = Callable[[int, int, float], None]  # tokens done, tokens in all, BPB so far
 
 
-def score(
-    stream: Iterator[tuple[int, Any]], text: Any, tokens: Tokens, show: Progress
-) -> dict[str, Any]:
-    """Consume a stream of log-distributions; returns loss (nats/token), BPB and the counts.
+class NetOnly:
+    """The scorer of MIXER=off: what the net says."""
 
-    Raises AssertionError unless the stream covers every target exactly once, in order.
+    def begin(self, first: int) -> None:
+        """The text's first token; the net has it from the stream."""
+
+    def score(self, tokens: Any, logs: Any) -> Any:
+        """Tokens (m,), logs (m, V) -> (m, 3) nats, three times the net's."""
+        return np.repeat(-logs[np.arange(len(tokens)), tokens].astype(np.float64)[:, None], 3, 1)
+
+    def save(self) -> None:
+        """There is no state."""
+
+    def restore(self, state: None) -> None:
+        """There is no state."""
+
+
+Scorer = LogisticMixer | BackoffMixer | NetOnly
+
+
+def new_scorer(cfg: Knobs, tokens: Tokens, leaf: Any, capacity: int, memory_mb: int = 0) -> Scorer:
+    """MIXER's scorer for `capacity` tokens, which has seen nothing yet."""
+    if cfg.mixer == "off":
+        return NetOnly()
+    if cfg.mixer == "backoff":
+        alpha = None if cfg.ngram_alpha == "auto" else float(cfg.ngram_alpha)
+        order, smoothing = cfg.ngram_max_order, cfg.ngram_smoothing
+        return BackoffMixer(tokens.vocab, max(tokens.bos, 0), order, smoothing, alpha, capacity)
+    return LogisticMixer(tokens, leaf, capacity, memory_mb or cfg.mixer_memory_mb)
+
+
+def costs(
+    stream: Iterator[tuple[int, Any]], text: Any, scorer: Scorer, done: int = 0
+) -> Iterator[tuple[int, Any]]:
+    """Stages of the production score: the net's stream -> (first target, (m, 3) nats).
+
+    The columns: the net alone, the context models alone, all together. The scorer, which has begun
+    with the text's first token, learns from each token after it is scored; its first `done` targets
+    are scored already.
     """
-    nats, byte_count, done = 0.0, 0, 0
     for first, logs in stream:
+        logs, first = logs[max(done - first, 0) :], max(first, done)
+        if len(logs):
+            yield first, scorer.score(text[first + 1 : first + 1 + len(logs)], logs)
+
+
+def score(
+    parts: Iterator[tuple[int, Any]], text: Any, tokens: Tokens, show: Progress
+) -> dict[str, Any]:
+    """Add up costs; returns loss (nats/token), BPB of all, net and contexts, and the counts.
+
+    Raises AuditFailed unless the parts cover every target exactly once, in order.
+    """
+    nats, byte_count, done = np.zeros(3), 0, 0
+    for first, part in parts:
         if first != done:
-            raise AssertionError(f"target {done} was to be scored, the stream gave {first}")
-        target = text[first + 1 : first + 1 + len(logs)]
-        nats -= float(logs[np.arange(len(logs)), target].astype(np.float64).sum())
-        byte_count += int(tokens.bytes_of(text[first : first + len(logs)], target).sum())
-        done += len(logs)
-        show(done, len(text) - 1, bits_per_byte(nats, max(byte_count, 1)))
+            raise AuditFailed("coverage", f"target {done} was due, but {first} was scored")
+        target = text[first + 1 : first + 1 + len(part)]
+        nats += part.sum(axis=0)
+        byte_count += int(tokens.bytes_of(text[first : first + len(part)], target).sum())
+        done += len(part)
+        show(done, len(text) - 1, bits_per_byte(float(nats[2]), max(byte_count, 1)))
     if done != len(text) - 1:
-        raise AssertionError(f"scored {done} of {len(text) - 1} targets")
-    if not (byte_count and math.isfinite(nats)):
+        raise AuditFailed("coverage", f"scored {done} of {len(text) - 1} targets")
+    if not (byte_count and np.isfinite(nats).all()):
         raise RunFailed(f"no score: {nats} nats over {byte_count} bytes of validation text")
-    bpb = bits_per_byte(nats, byte_count)
-    return {"val_loss": nats / done, "val_bpb": bpb, "val_tokens": done, "val_bytes": byte_count}
+    net, contexts, bpb = (bits_per_byte(float(n), byte_count) for n in nats)
+    return {"val_loss": float(nats[2]) / done, "val_bpb": bpb, "val_bpb_net": net,
+            "val_bpb_context": contexts, "val_tokens": done, "val_bytes": byte_count}  # fmt: skip
+
+
+# ==================================================================================================
+# PACKING: training text, paid for in the artifact; coding it primes the mixer that codes it
+# ==================================================================================================
+
+PACK_CHUNK = 1 << 14  # tokens a call of the kernel
+PACKED_TOKENS_AT_MOST = 100_000_000
+WORST_TOKEN_BYTES = 0.65  # a token's code at the most, for planning
+PACK_TOKENS_A_SECOND = 60_000  # at the least, for planning
+
+
+def rank_documents(text: Any, vocab: int, bos: int, budget: int) -> Iterator[Any]:
+    """Documents worth most, until they have `budget` tokens: (start, end) of each, best first.
+
+    Greedily brings the token pairs of the chosen documents close to those of all the text: a
+    document's worth is the mean, over its pairs, of their share in the text over their share in
+    what is chosen. Only the training text is looked at.
+    """
+    starts = np.flatnonzero(text == bos)
+    if len(starts) == 0 or starts[0] != 0:
+        starts = np.concatenate([[0], starts])
+    ends = np.append(starts[1:], len(text))
+    pairs = np.zeros(len(text), np.int64)
+    pairs[1:] = (text[:-1].astype(np.int64) * vocab + text[1:]) * 0x9E3779B1 >> 8 & 0xFFFF
+    share = np.bincount(pairs, minlength=1 << 16) / len(text)
+    taken, free, total = np.zeros(1 << 16), np.ones(len(starts), bool), 0
+    while free.any() and total < budget:
+        have = (taken + 100 * share) / (total + 100)
+        worth = np.add.reduceat((share / np.maximum(have, 1e-12))[pairs], starts) / (ends - starts)
+        order = np.argsort(np.where(free, -worth, np.inf), kind="stable")[: free.sum()]
+        size = np.cumsum((ends - starts)[order])
+        batch = order[: max(int(np.searchsorted(size, max(budget / 16, 1))), 1)]
+        for i in batch:
+            if total >= budget:
+                return
+            yield int(starts[i]), int(ends[i])
+            total += int(ends[i] - starts[i])
+            taken += np.bincount(pairs[starts[i] : ends[i]], minlength=1 << 16)
+        free[batch] = False
+
+
+class Packer:
+    """Codes training text beside the training, in a thread that owns one core while it lasts."""
+
+    def __init__(
+        self, data: TrainWindows, tokens: Tokens, cfg: Knobs, budget: int, workers: Workers
+    ) -> None:
+        self.tokens, self.cfg, self.budget, self.workers = tokens, cfg, budget, workers
+        self.shards, self.seconds, self.error = data.shards, 0.0, None
+        self.thread = threading.Thread(target=self.run, daemon=True)
+        self.mixer: LogisticMixer | None = None
+        self.code, self.count, self.leaf = Coder(), 0, np.arange(tokens.vocab)
+
+    def start(self) -> None:
+        """Begin; MAX_WALLCLOCK_SECONDS starts now."""
+        self.begin = time.perf_counter()
+        self.workers.reserved = 1
+        self.thread.start()
+
+    def run(self) -> None:
+        """The thread's work; what goes wrong is kept for `finish`."""
+        try:
+            self.pack()
+        except Exception as error:
+            self.error = error
+        finally:
+            self.workers.reserved = 0
+            self.seconds = time.perf_counter() - self.begin
+
+    def time_left(self) -> float:
+        """Seconds until the clock of the run ends."""
+        clock = self.cfg.max_wallclock_seconds or math.inf
+        return clock - (time.perf_counter() - self.begin)
+
+    def pack(self) -> None:
+        """Code documents, the likest to all the text last, until bytes or time run out."""
+        parts, left = [], PACKED_TOKENS_AT_MOST
+        for shard in self.shards:
+            parts.append(np.asarray(shard[:left], np.int32))
+            left -= len(parts[-1])
+        text = np.concatenate(parts)
+        self.leaf = token_tree(text[:2_000_000], self.tokens.vocab)
+        most = min(self.budget / 0.3, self.time_left() * 4 * PACK_TOKENS_A_SECOND, len(text))
+        capacity = int(most) + (1 << 21) + MESSAGE_TOKENS
+        self.mixer = LogisticMixer(self.tokens, self.leaf, capacity, self.cfg.mixer_memory_mb)
+        documents = rank_documents(text, self.tokens.vocab, self.tokens.bos, int(most))
+        while self.budget - len(self.code.out) > 1000 and self.time_left() > 1:
+            plan = min((self.budget - len(self.code.out)) / WORST_TOKEN_BYTES,
+                       self.time_left() * PACK_TOKENS_A_SECOND)  # fmt: skip
+            batch, size = [], 0
+            while size < plan and (span := next(documents, None)):
+                batch.append(text[slice(*span)])
+                size += len(batch[-1])
+            if not batch:
+                break
+            self.code_batch(np.concatenate(batch[::-1]).astype(np.int64))
+
+    def code_batch(self, tokens: Any) -> None:
+        """Code tokens in chunks, as long as bytes and time are left."""
+        for chunk in np.array_split(tokens, -(-len(tokens) // PACK_CHUNK)):
+            room = self.budget - len(self.code.out) - 8
+            chunk = chunk[: max(room // 3, 0)]  # 16 bits a decision at the worst are never met
+            if len(chunk) == 0 or self.time_left() < 0:
+                return
+            self.mixer.code(chunk, None, self.code)
+            self.count += len(chunk)
+
+    def finish(self) -> Packed:
+        """Wait for the thread; raises what went wrong in it."""
+        self.thread.join()
+        if self.error:
+            raise self.error
+        return Packed(self.leaf, self.count, self.code.finish())
+
+
+def unpack(mixer: LogisticMixer, packed: Packed, label: str) -> None:
+    """Prime a mixer by decoding an artifact's text."""
+    coder, begin = Coder(packed.code), time.perf_counter()
+    last = begin
+    for at in range(0, packed.tokens, PACK_CHUNK):
+        size = min(PACK_CHUNK, packed.tokens - at)
+        mixer.code(np.zeros(size, np.int64), None, coder)
+        if time.perf_counter() - last > 10:
+            last, share = time.perf_counter(), (at + size) / packed.tokens
+            left = (last - begin) * (1 / share - 1)
+            print(f"{label}: {at + size}/{packed.tokens} tokens, {left:.0f} s left", flush=True)
+
+
+# ==================================================================================================
+# AUDIT: what makes the score true, checked through the code that makes it
+# ==================================================================================================
+
+MESSAGE_TOKENS = 256
+AUDIT_MEMORY_MB = 2
+
+
+class Message(NamedTuple):
+    """The validation text's first tokens as an arithmetic code."""
+
+    code: bytes
+    bits: float  # as claimed by the encoder's score
+    tokens: int
+
+
+def message_length(text: Any, seq_len: int) -> int:
+    """Tokens of the message: those of the first window's targets, at most MESSAGE_TOKENS."""
+    return min(MESSAGE_TOKENS, seq_len, len(text) - 1)
+
+
+def encode_message(
+    mixer: LogisticMixer, model: GPT, text: Any, seq_len: int, workers: Workers
+) -> Message:
+    """Encode with a primed mixer, which is used up by it."""
+    count, coder = message_length(text, seq_len), Coder()
+    inputs = np.pad(text[: seq_len + 1], (0, max(seq_len - len(text), 0)))[:seq_len]
+    logs = first_window(model, inputs, workers)[:count]
+    mixer.begin(int(text[0]))
+    nats = mixer.code(text[1 : count + 1].astype(np.int64), logs, coder)
+    return Message(coder.finish(), float(nats[:, 1].sum()) / math.log(2), count)
+
+
+def decode_message(
+    message: Message, mixer: LogisticMixer, model: GPT, first: int, seq_len: int, workers: Workers
+) -> tuple[Any, Any]:
+    """Decode token by token, running the net on what is decoded: (tokens (m,), (m, 3) nats)."""
+    inputs, coder = np.full(seq_len, first, np.int32), Coder(message.code)
+    mixer.begin(first)
+    nats, tokens = np.zeros((message.tokens, 3)), np.zeros(message.tokens, np.int64)
+    for i in range(message.tokens):
+        logs = first_window(model, inputs, workers)[i : i + 1]
+        nats[i, 1:] = mixer.code(tokens[i : i + 1], logs, coder)[0]
+        nats[i, 0] = -logs[0, tokens[i]]
+        inputs[i + 1 : i + 2] = tokens[i]
+    return tokens, nats
+
+
+def check_message(message: Message, tokens: Any, nats: Any, text: Any) -> str:
+    """The decoded tokens must be the text's, at the claimed length; returns a line that says so."""
+    wrong = np.flatnonzero(tokens != text[1 : len(tokens) + 1])
+    if len(wrong):
+        raise AuditFailed("message", f"decoded token {wrong[0]} is not the text's")
+    claimed, size = float(nats[:, 2].sum()) / math.log(2), 8 * len(message.code)
+    for bits in (claimed, message.bits):
+        if abs(size - bits) > 0.01 * bits + 16:
+            raise AuditFailed("message", f"{size} bits for a claim of {bits:.1f}")
+    return f"{message.tokens} tokens decoded from {size // 8} bytes, {claimed / 8:.1f} claimed"
+
+
+@dataclass
+class Audit:
+    """Checks of the production score on excerpts, from an unprimed state."""
+
+    cfg: Knobs
+    artifact: Artifact
+    model: GPT
+    workers: Workers
+
+    def trace(self, text: Any) -> tuple[Any, Any]:
+        """Score an excerpt: (n - 1, 3) nats and the net's rows, (n - 1, V)."""
+        length = eval_length(self.cfg)
+        stride = length if self.cfg.eval_mode == "standard" else min(self.cfg.eval_stride, length)
+        shape, rows, nats, due = (length, stride, 2), [], [], 0
+
+        def keep(stream: Iterator[tuple[int, Any]]) -> Iterator[tuple[int, Any]]:
+            for first, logs in stream:
+                rows.append(logs)
+                yield first, logs
+
+        scorer = self.scorer(len(text))
+        scorer.begin(int(text[0]))
+        stream = net_stream(self.model, self.artifact.params, text, shape, self.workers)
+        for first, part in costs(keep(stream), text, scorer):
+            if first != due:
+                raise AuditFailed("coverage", f"target {due} was due, but {first} was scored")
+            nats.append(part)
+            due += len(part)
+        return np.concatenate(nats), np.concatenate(rows)
+
+    def scorer(self, capacity: int) -> Scorer:
+        """A small one that has seen nothing."""
+        leaf = self.artifact.packed.leaf if self.artifact.packed else None
+        return new_scorer(self.cfg, self.artifact.tokens, leaf, capacity, AUDIT_MEMORY_MB)
+
+    def causal(self, text: Any, at: int, rng: Any) -> None:
+        """Replace target `at` and what follows: nothing before, no distribution at it, moves."""
+        nats, rows = self.trace(text)
+        other = text.copy()
+        other[at + 1 :] = rng.integers(0, self.artifact.tokens.vocab, len(text) - at - 1)
+        other[at + 1] = (text[at + 1] + 1) % self.artifact.tokens.vocab
+        nats_2, rows_2 = self.trace(other)
+        if (nats[:at] != nats_2[:at]).any():
+            first = np.flatnonzero((nats[:at] != nats_2[:at]).any(axis=1))[0]
+            raise AuditFailed("causality", f"the score of target {first} depends on target {at}")
+        if (rows[: at + 1] != rows_2[: at + 1]).any():
+            raise AuditFailed("causality", f"the net's row at {at} depends on what follows")
+
+    def normalised(self, text: Any, at: int) -> float:
+        """Put every token in the place of target `at`: the scores sum to 1; returns the sum."""
+        nats, rows = self.trace(text)
+        scorer = self.scorer(len(text) + 1)
+        scorer.begin(int(text[0]))
+        before = scorer.score(text[1 : at + 1], rows[:at])
+        if (before != nats[:at]).any():
+            raise AuditFailed("causality", f"scores before {at} depend on how the text is cut")
+        state, vocab = scorer.save(), self.artifact.tokens.vocab
+        out = np.zeros((vocab, 3))
+        for v in range(vocab):
+            out[v] = scorer.score(np.array([v], np.int32), rows[at : at + 1])[0]
+            scorer.restore(state)
+        if (out[text[at + 1]] != nats[at]).any():
+            raise AuditFailed("normalisation", f"target {at} has two scores")
+        for column, name in ((2, "mixed"), (1, "context")):
+            total = float(np.exp(-out[:, column]).sum())
+            if not (np.isfinite(out[:, column]).all() and abs(total - 1) <= 1e-6):
+                raise AuditFailed("normalisation", f"{name} probabilities at {at} sum to {total}")
+        return total
+
+    def excerpts(self, text: Any, seed: int) -> str:
+        """Causality and normalisation at a document's start, at random places and at the tail."""
+        rng, length = np.random.default_rng(seed), eval_length(self.cfg)
+        size = min(length + min(self.cfg.eval_stride, length) // 2 + 2, len(text))
+        starts = np.flatnonzero(text[1:] == self.artifact.tokens.bos) + 1
+        begins = [max(int(rng.choice(starts)) - 8, 0) if len(starts) else 0,
+                  int(rng.integers(0, len(text))), len(text) - size]  # fmt: skip
+        for begin in begins:
+            begin = min(begin, len(text) - size)
+            excerpt = text[begin : begin + size]
+            last = len(excerpt) - 2
+            for at in {min(7, last), int(rng.integers(0, last + 1)), last}:
+                self.causal(excerpt, at, rng)
+            self.normalised(excerpt, int(rng.integers(0, min(last, 64) + 1)))
+        return f"causal and normalised in {len(begins)} excerpts of {size} tokens"
+
+    def byte_count(self, text: Any, tokenizer: Path | None) -> str:
+        """The byte table against the UTF-8 length of the decoded text."""
+        if tokenizer is None:
+            return "bytes not checked: no tokenizer at hand"
+        import sentencepiece
+
+        tokens, text = self.artifact.tokens, text[:2_000_000]
+        model = sentencepiece.SentencePieceProcessor(model_file=str(tokenizer))
+        parts = np.split(text, np.flatnonzero(text == tokens.bos))
+        true = sum(len(model.decode(part.tolist()).encode()) for part in parts if len(part))
+        start = int(tokens.bytes_of(np.array([tokens.bos]), text[:1])[0])
+        count = start + int(tokens.bytes_of(text[:-1], text[1:]).sum())
+        if count != true:
+            raise AuditFailed("bytes", f"the table gives {count}, the decoded text has {true}")
+        return f"{true} bytes, as the decoded text has"
 
 
 # ==================================================================================================
@@ -1957,28 +3240,27 @@ class Report:
         for text in lines:
             self.line(text.format(**event, n=self.iterations, part=part_of_text(event)))
 
-    def progress(self, label: str, every_s: float = 10.0) -> Progress:
-        """Shows a running BPB: a bar on terminals, a line every few seconds elsewhere."""
-        from tqdm import tqdm
 
-        begin = last = time.perf_counter()
-        bar = tqdm(desc=label, unit="tok", unit_scale=True, leave=False, disable=None)
+def show_progress(label: str, every_s: float = 10.0) -> Progress:
+    """Shows a running BPB: a bar on terminals, a line every few seconds elsewhere."""
+    from tqdm import tqdm
 
-        def show(done: int, total: int, bpb: float) -> None:
-            nonlocal last
-            bar.total = total
-            bar.set_postfix_str(f"bpb {bpb:.4f}", refresh=False)
-            bar.update(done - bar.n)
-            now = time.perf_counter()
-            if bar.disable and (now - last > every_s or (last == begin and now - begin > 1)):
-                last, left = now, (now - begin) * (total - done) / done
-                print(
-                    f"{label}: {done}/{total} tokens, bpb {bpb:.4f}, {left:.0f} s left", flush=True
-                )
-            if done == total:
-                bar.close()
+    begin = last = time.perf_counter()
+    bar = tqdm(desc=label, unit="tok", unit_scale=True, leave=False, disable=None)
 
-        return show
+    def show(done: int, total: int, bpb: float) -> None:
+        nonlocal last
+        bar.total = total
+        bar.set_postfix_str(f"bpb {bpb:.4f}", refresh=False)
+        bar.update(done - bar.n)
+        now = time.perf_counter()
+        if bar.disable and (now - last > every_s or (last == begin and now - begin > 1)):
+            last, left = now, (now - begin) * (total - done) / done
+            print(f"{label}: {done}/{total} tokens, bpb {bpb:.4f}, {left:.0f} s left", flush=True)
+        if done == total:
+            bar.close()
+
+    return show
 
 
 TRAIN_LINE = (
@@ -1987,12 +3269,13 @@ TRAIN_LINE = (
 )
 VAL_LINE = "step:{step}/{n} val_loss:{val_loss:.4f} val_bpb:{val_bpb:.4f}{part}"
 EXPORT_LINE = (
-    "serialized_int6_zstd:{model_bytes} bytes ({compressor}; code:{code_bytes} "
+    "serialized_int6_zstd:{model_bytes} bytes ({compressor}; text:{packed_bytes} code:{code_bytes} "
     "total:{total_bytes} limit:{limit_bytes})"
 )
 ROUNDTRIP_LINES = (
     "final_int6_zstd_roundtrip val_loss:{val_loss:.4f} val_bpb:{val_bpb:.4f} "
-    "eval_time:{eval_time_ms:.0f}ms{part} [{mode}]",
+    "val_bpb_net:{val_bpb_net:.4f} val_bpb_context:{val_bpb_context:.4f} "
+    "eval_time:{eval_time_ms:.0f}ms{part} [{mode}, {mixer}]",
     "final_int6_zstd_roundtrip_exact val_loss:{val_loss:.8f} val_bpb:{val_bpb:.8f}{part} [{mode}]",
 )
 CONFIG_LINES = (
@@ -2002,7 +3285,8 @@ CONFIG_LINES = (
     "heads, MLP {mlp_mult}x, seq {train_seq_len}, {train_batch_tokens} tokens a step",
 )
 FINAL_LINE = (
-    "val_bpb {val_bpb:.4f} on {val_tokens:,} tokens, {val_bytes:,} bytes{part}; {total_bytes:,} "
+    "val_bpb {val_bpb:.4f} (net {val_bpb_net:.4f}, contexts {val_bpb_context:.4f}; audit: {audit}) "
+    "on {val_tokens:,} tokens, {val_bytes:,} bytes{part}; {total_bytes:,} "
     "bytes of script and artifact; trained on {train_tokens:,} tokens in {train_seconds:.0f} s; "
     "evaluated in {eval_seconds:.0f} s"
 )
@@ -2027,7 +3311,6 @@ class Validation:
     model: GPT
     tokens: Tokens
     paths: list[Path]
-    report: Report
     workers: Workers
 
     def __post_init__(self) -> None:
@@ -2038,21 +3321,35 @@ class Validation:
                             "DATA_PATH and TOKENIZER_PATH that belong together")  # fmt: skip
         self.text, self.whole = load_validation(self.paths, self.tokens, limit)
 
-    def run(self, params: Arrays, mode: str, batch: int) -> dict[str, Any]:
-        """Score in 'standard' (stride = window) or 'sliding' mode, `batch` windows at once."""
+    def run(
+        self, params: Arrays, mode: str, batch: int, scorer: Scorer, scored: Any = ()
+    ) -> dict[str, Any]:
+        """Score in 'standard' (stride = window) or 'sliding' mode, `batch` windows at once.
+
+        scored: parts that `costs` would yield first, if they are known already.
+        """
+        done = sum(len(part) for _, part in scored)
         begin, length = time.perf_counter(), eval_length(self.cfg)
         stride = length if mode == "standard" else min(self.cfg.eval_stride, length)
         stream = net_stream(self.model, params, self.text, (length, stride, batch), self.workers)
         label = f"eval {mode}" if self.whole else f"eval {mode} (PART of the text)"
-        result = score(stream, self.text, self.tokens, self.report.progress(label))
+        parts = costs(stream, self.text, scorer, done)
+        show = show_progress(label)
+        result = score(itertools.chain(scored, parts), self.text, self.tokens, show)
         seconds = time.perf_counter() - begin
         return {"mode": mode, **result, "val_whole": self.whole, "eval_time_ms": 1000 * seconds}
+
+    def check_whole(self) -> None:
+        """The label must fit what the shards hold."""
+        total = sum(len(open_shard(path)) for path in self.paths)
+        if self.whole != (len(self.text) == total):
+            raise AuditFailed("whole text", f"{len(self.text)} of {total} tokens are called whole")
 
     def during_training(self, trainer: Trainer) -> None:
         """Score and log the averaged weights, at stride = window."""
         batch = max(self.cfg.val_batch_size // eval_length(self.cfg), 1)
-        result = self.run(trainer.average, "standard", batch)
-        self.report.event({"event": "val", "step": trainer.step, **result}, VAL_LINE)
+        result = self.run(trainer.average, "standard", batch, NetOnly())
+        trainer.report.event({"event": "val", "step": trainer.step, **result}, VAL_LINE)
 
 
 def gigaflops(workers: Workers) -> float:
@@ -2104,8 +3401,8 @@ def peak_memory() -> int:
 
 def train_and_export(
     cfg: Knobs, folder: Path, tokenizer: Path, report: Report, workers: Workers
-) -> dict[str, Any]:
-    """Train, keep the raw weights, write the artifact; returns its sizes and what was trained."""
+) -> tuple[dict[str, Any], LogisticMixer | None]:
+    """Train, pack, keep the raw weights, write the artifact: (sizes and counts, primed mixer)."""
     tokens = load_tokenizer(tokenizer)
     if cfg.vocab_size not in (0, tokens.vocab):
         raise UserError(f"VOCAB_SIZE={cfg.vocab_size}, but {tokenizer} has {tokens.vocab} pieces: "
@@ -2113,58 +3410,183 @@ def train_and_export(
     data = TrainWindows(find_shards(folder, "train"), cfg.train_seq_len, cfg.seed, tokens.vocab)
     model = GPT(cfg, tokens.vocab, tokens.bos)
     paths = find_shards(folder, "val")
-    validation = Validation(cfg, model, tokens, paths, report, workers)
+    validation = Validation(cfg, model, tokens, paths, workers)
     trainer = Trainer(model, cfg, data, report, workers)
     for line in describe_training(trainer, validation):
         report.line(line)
     if cfg.resume:
         trainer.load()
     trainer.warm_up()
+    packer = new_packer(trainer, tokens)
+    if packer:
+        packer.start()
     train(trainer, validation)
+    packed = packer.finish() if packer else None
+    if packer:
+        report.line(f"packed {packed.tokens:,} tokens of training text into {len(packed.code):,} "
+                    f"bytes in {packer.seconds:.0f} s")  # fmt: skip
     validation.during_training(trainer)
     meta = {"knobs": json.dumps(dataclasses.asdict(cfg)), "tokenizer_sha256": tokens.sha256}
     mx.save_safetensors(str(report.folder / "model.safetensors"), trainer.average, meta)
     path = report.folder / "artifact.bin"
-    export = write_artifact(path, trainer.average, trainer.groups, cfg, tokens)
+    export = write_artifact(path, trainer.average, trainer.groups, cfg, tokens, packed)
+    export |= {"packed_bytes": len(packed.code) if packed else 0,
+               "packed_tokens": packed.tokens if packed else 0,
+               "pack_seconds": packer.seconds if packer else 0.0}  # fmt: skip
     report.event({**export, "tokenizer_bytes": tokenizer.stat().st_size}, EXPORT_LINE)
     trained = trainer.step * trainer.windows * cfg.train_seq_len
-    return {**export, "train_steps": trainer.step, "train_tokens": trained,
-            "train_seconds": trainer.elapsed_s}  # fmt: skip
+    made = {**export, "train_steps": trainer.step, "train_tokens": trained,
+            "train_seconds": max(trainer.elapsed_s, export["pack_seconds"])}  # fmt: skip
+    return made, packer.mixer if packer else None
 
 
-def score_artifact(
-    path: Path, cfg: Knobs, folder: Path, report: Report, workers: Workers
+def new_packer(trainer: Trainer, tokens: Tokens) -> Packer | None:
+    """The packer of a run, with the bytes it may use; None unless MIXER=logistic."""
+    cfg, net = trainer.cfg, estimate_bytes(trainer.params, trainer.groups, trainer.cfg)
+    if cfg.mixer != "logistic":
+        return None
+    room = ARTIFACT_LIMIT_BYTES - net - net // 50 - 20_000 - 3 * tokens.vocab
+    budget = room if cfg.pack_text_bytes < 0 else cfg.pack_text_bytes
+    if budget > room:
+        raise UserError(f"PACK_TEXT_BYTES={cfg.pack_text_bytes}: script and net leave about {room}")
+    return Packer(trainer.data, tokens, cfg, budget, trainer.workers)
+
+
+@dataclass
+class Evaluation:
+    """An artifact, reloaded from disk, and what scores it."""
+
+    cfg: Knobs
+    path: Path
+    folder: Path  # of the validation shards
+    workers: Workers
+
+    def __post_init__(self) -> None:
+        cfg, path = self.cfg, self.path
+        self.artifact = artifact = read_artifact(path)
+        made_with = Knobs(**artifact.header["knobs"])
+        fields = [field.name for field in dataclasses.fields(Knobs)]
+        fixed = fields[fields.index("num_layers") : fields.index("tied_embed_lr")]
+        for name in [*fixed, *(["mixer_memory_mb"] if cfg.mixer == "logistic" else [])]:
+            if getattr(made_with, name) != getattr(cfg, name):
+                raise UserError(f"{name.upper()}={getattr(cfg, name)}: {path} has "
+                                f"{getattr(made_with, name)}: unset it")  # fmt: skip
+        if cfg.mixer == "logistic" and not artifact.packed:
+            raise UserError(f"MIXER=logistic: {path} was made with MIXER={made_with.mixer}")
+        tokens, params = artifact.tokens, artifact.params
+        self.model = GPT(dataclasses.replace(cfg, use_ortho_init=False), tokens.vocab, tokens.bos)
+        shapes = {n: a.shape for n, a in tree_flatten(self.model.parameters())}
+        if shapes != {n: a.shape for n, a in params.items()}:
+            raise UserError(
+                f"{path}: its tensors do not fit its settings: made by another version?"
+            )
+        self.model.update(tree_unflatten(list(params.items())))
+        paths = find_shards(self.folder, "val")
+        self.validation = Validation(cfg, self.model, tokens, paths, self.workers)
+
+    def primed(self, label: str) -> Scorer:
+        """A scorer that has read the artifact's text, and nothing else."""
+        packed, text = self.artifact.packed, self.validation.text
+        capacity = len(text) + (packed.tokens if packed else 0)
+        leaf = packed.leaf if packed else None
+        scorer = new_scorer(self.cfg, self.artifact.tokens, leaf, capacity)
+        if isinstance(scorer, LogisticMixer):
+            unpack(scorer, packed, label)
+            if scorer.state.now[0] != packed.tokens:
+                seen = int(scorer.state.now[0])
+                raise AuditFailed("paid text", f"learned {seen} tokens, paid {packed.tokens}")
+        return scorer
+
+    def message(self, mixer: LogisticMixer | None) -> Message | None:
+        """The other side's part: the message, by this mixer if it is primed already."""
+        if self.cfg.mixer != "logistic" or not self.cfg.audit:
+            return None
+        mixer, text = mixer or self.primed("priming the encoder"), self.validation.text
+        return encode_message(mixer, self.model, text, eval_length(self.cfg), self.workers)
+
+    def run(self, receive: Callable[[], Message | None], tokenizer: Path | None) -> dict[str, Any]:
+        """Audit and score in every mode asked for; returns {"evals", "audit", "lines"}."""
+        cfg, validation, lines = self.cfg, self.validation, []
+        begin = time.perf_counter()
+        if cfg.audit:
+            audit = Audit(cfg, self.artifact, self.model, self.workers)
+            lines.append(audit.excerpts(validation.text, cfg.seed))
+            lines.append(audit.byte_count(validation.text, tokenizer))
+            validation.check_whole()
+            lines.append(f"checks took {time.perf_counter() - begin:.0f} s")
+        message, evals = receive(), []
+        for mode in ("standard", "sliding") if cfg.eval_mode == "both" else (cfg.eval_mode,):
+            begin = time.perf_counter()
+            scorer, scored = self.primed("priming"), []
+            prime_seconds = time.perf_counter() - begin
+            first = int(validation.text[0])
+            if message:
+                length = eval_length(cfg)
+                args = (message, scorer, self.model, first, length, self.workers)
+                tokens, nats = decode_message(*args)
+                lines.append(check_message(message, tokens, nats, validation.text))
+                scored = [(0, nats)]
+            else:
+                scorer.begin(first)
+            params, batch = self.artifact.params, cfg.eval_batch_seqs
+            result = validation.run(params, mode, batch, scorer, scored)
+            evals.append({**result, "mixer": cfg.mixer, "prime_seconds": prime_seconds})
+        check_size(Path(__file__).stat().st_size + self.path.stat().st_size, {}, "the artifact")
+        return {"evals": evals, "audit": "pass" if cfg.audit else "off", "lines": lines}
+
+
+def evaluate_here(channel: Any, cfg: Knobs, path: Path, folder: Path, tokenizer: Any) -> None:
+    """The evaluating process: it gets paths and a message, and sends its result or its error."""
+    try:
+        use_device(cfg)
+        with make_workers(cfg) as workers:
+            result = Evaluation(cfg, path, folder, workers).run(channel.recv, tokenizer)
+            channel.send({**result, "peak_memory_bytes": peak_memory()})
+    except (UserError, EOFError) as error:
+        channel.send(error)
+
+
+def evaluate(
+    cfg: Knobs, path: Path, folder: Path, workers: Workers, mixer: Any, tokenizer: Path | None
 ) -> dict[str, Any]:
-    """Reload an artifact from disk, score it in every mode asked for; returns the last score."""
-    header, tokens, params = read_artifact(path)
-    made_with = Knobs(**header["knobs"])
-    fields = [field.name for field in dataclasses.fields(Knobs)]
-    for name in fields[fields.index("num_layers") : fields.index("tied_embed_lr")]:
-        if getattr(made_with, name) != getattr(cfg, name):
-            raise UserError(f"{name.upper()}={getattr(cfg, name)}: {path} has "
-                            f"{getattr(made_with, name)}: unset it")  # fmt: skip
-    model = GPT(dataclasses.replace(cfg, use_ortho_init=False), tokens.vocab, tokens.bos)
-    if {n: a.shape for n, a in tree_flatten(model.parameters())} != {
-        n: a.shape for n, a in params.items()
-    }:
-        raise UserError(f"{path}: its tensors do not fit its settings: made by another version?")
-    validation = Validation(cfg, model, tokens, find_shards(folder, "val"), report, workers)
-    for mode in ("standard", "sliding") if cfg.eval_mode == "both" else (cfg.eval_mode,):
-        result = validation.run(params, mode, cfg.eval_batch_seqs)
-        report.event({"event": "eval", **result}, *ROUNDTRIP_LINES)
+    """Let a fresh process score an artifact; this one encodes the message that it must decode."""
+    context = multiprocessing.get_context("spawn")
+    here, there = context.Pipe()
+    args = (there, cfg, path.resolve(), folder, tokenizer)
+    process = context.Process(target=evaluate_here, args=args, daemon=True)
+    process.start()
+    there.close()
+    try:
+        here.send(Evaluation(cfg, path, folder, workers).message(mixer))
+        if mixer:
+            mixer.state = None  # gigabytes that the other process may need
+        result = here.recv()
+    except (EOFError, BrokenPipeError):
+        raise RunFailed("the evaluating process ended without a result (out of memory?)") from None
+    finally:
+        here.close()
+        process.join()
+    if isinstance(result, Exception):
+        raise result
     return result
 
 
-def main(cfg: Knobs, warnings: list[str]) -> None:
-    """Train, export, reload, score; or with EVAL_ONLY the last two."""
+def use_device(cfg: Knobs) -> None:
+    """Make DEVICE the default device."""
     if cfg.device != "auto":
         device = mx.cpu if cfg.device == "cpu" else mx.gpu
         if not mx.is_available(device):
             raise UserError("DEVICE=gpu: this MLX has none; on Linux: pip install 'mlx[cuda13]'")
         mx.set_default_device(device)
+
+
+def main(cfg: Knobs, warnings: list[str]) -> None:
+    """Train, export, reload, score; or with EVAL_ONLY the last two."""
+    use_device(cfg)
     artifact = Path(cfg.eval_only)
     if cfg.eval_only:
-        cfg, warnings = knobs_from_env(dict(os.environ), base=read_artifact(artifact)[0]["knobs"])
+        base = read_artifact(artifact).header["knobs"]
+        cfg, warnings = knobs_from_env(dict(os.environ), base=base)
     folder, tokenizer, where = locate_data(cfg)
     report = Report(cfg)
     with make_workers(cfg) as workers:
@@ -2174,19 +3596,32 @@ def main(cfg: Knobs, warnings: list[str]) -> None:
         for line in [*(f"warning: {w}" for w in warnings), where]:
             report.line(line)
         report.event({"event": "config", **dataclasses.asdict(cfg), **machine}, *CONFIG_LINES)
+        mixer = None
         if cfg.eval_only:
             made = {**export_event(artifact, "", {}), "train_steps": 0, "train_tokens": 0,
                     "train_seconds": 0.0}  # fmt: skip
         else:
-            made = train_and_export(cfg, folder, tokenizer, report, workers)
+            made, mixer = train_and_export(cfg, folder, tokenizer, report, workers)
             artifact = report.folder / "artifact.bin"
-        result = score_artifact(artifact, cfg, folder, report, workers)
-    final = {
-        **made, **result, "event": "final", "val_bpb_net": result["val_bpb"],
-        "eval_seconds": result["eval_time_ms"] / 1000, "peak_memory_bytes": peak_memory(),
-        "tok_s": made["train_tokens"] / max(made["train_seconds"], 1e-9),
-        "device": machine["machine"], "mlx_version": mx.__version__, "audit": "off",
-    }  # fmt: skip
+        facts = {"device": machine["machine"], "mlx_version": mx.__version__,
+                 "tok_s": made["train_tokens"] / max(made["train_seconds"], 1e-9)}  # fmt: skip
+        try:
+            result = evaluate(cfg, artifact, folder, workers, mixer, tokenizer)
+        except AuditFailed as error:
+            failed = {"event": "final", "audit": "fail", "audit_failure": str(error)}
+            report.event({**made, **facts, **failed})
+            report.line(str(error))
+            raise
+    for line in result["lines"]:
+        report.line(f"audit: {line}")
+    report.event({"event": "audit", "audit": result["audit"], "lines": result["lines"]})
+    for event in result["evals"]:
+        report.event({"event": "eval", **event}, *ROUNDTRIP_LINES)
+    last = result["evals"][-1]
+    seconds = sum(e["eval_time_ms"] / 1000 + e["prime_seconds"] for e in result["evals"])
+    final = {**made, **last, **facts, "event": "final", "eval_seconds": seconds,
+             "peak_memory_bytes": max(peak_memory(), result["peak_memory_bytes"]),
+             "audit": result["audit"]}  # fmt: skip
     report.event(final, FINAL_LINE)
     report.line(f"everything is in {report.folder}")
 
