@@ -221,7 +221,8 @@ class Knobs:
 GROUP_TITLES = {
     "preset": "Run", "data_path": "Data", "iterations": "Training", "num_layers": "Model",
     "engram_lite_enabled": "Hashed contexts", "tied_embed_lr": "Optimizers",
-    "ema_decay": "Averaging", "weight_bits": "Artifact", "mixer": "Context models", "val_loss_every": "Evaluation",
+    "ema_decay": "Averaging", "weight_bits": "Artifact", "mixer": "Context models",
+    "val_loss_every": "Evaluation",
 }  # fmt: skip
 
 PRESETS = {
