@@ -2056,12 +2056,15 @@ def context_key(row, history, now, words, leaf, bos, shift):
 
 
 @njit(cache=True)
-def find(table, row, h, blank):
-    """Row of a two-way table for the key h; the less used of the two is replaced by `blank`."""
-    tag = np.uint32(h >> np.uint64(32)) | np.uint32(1)
-    low = np.int64(h & np.uint64(0xFFFFFFFF))
-    i = row[4] + ((low * row[5]) >> 32)
-    j = i ^ 1
+def place(row, h):
+    """First of the two places of the key h in the region of a Context's row."""
+    return row[4] + ((np.int64(h & np.uint64(0xFFFFFFFF)) * row[5]) >> 32)
+
+
+@njit(cache=True)
+def find(table, i, h, blank):
+    """Where the key h is, in place i or the one beside it; `blank` replaces the less used one."""
+    tag, j = np.uint32(h >> np.uint64(32)) | np.uint32(1), i ^ 1
     if table[i, 0] == tag:
         return i
     if table[j, 0] == tag:
@@ -2283,6 +2286,7 @@ def code_tokens(state, tokens, rows, bos, mode, coder, buffer, nats):
     x, dots = np.zeros(WIDTH, np.float32), np.zeros(SETS, np.float32)
     sets, net_sets = np.zeros(SETS, np.int64), np.zeros(NET_SETS, np.int64)
     keys, slot = np.zeros(SLOTS, np.uint64), np.zeros(SLOTS, np.int64)
+    slot_keys, touched = np.zeros(SLOTS, np.uint64), np.uint32(0)
     slot_cells, refined = np.zeros(SLOTS, np.int64), np.zeros(2, np.int64)
     found, candidate_cells = np.zeros(CANDIDATES, np.int64), np.zeros(CANDIDATES, np.int64)
     mass, net_inputs = np.zeros(2 * len(token), np.int64), np.zeros(3, np.float32)
@@ -2295,7 +2299,7 @@ def code_tokens(state, tokens, rows, bos, mode, coder, buffer, nats):
         for c in range(CANDIDATES):
             row = candidate_rows[c]
             key = context_key(row, history, now, words, leaf, bos, shift)
-            found[c] = find(candidates, row, key, np.uint32(0))
+            found[c] = find(candidates, place(row, key), key, np.uint32(0))
         before, age = recent(history, now, 1, bos), 0
         while (n - now[1]) >> age > 1 and age < 15:
             age += 1
@@ -2308,9 +2312,12 @@ def code_tokens(state, tokens, rows, bos, mode, coder, buffer, nats):
         target = leaf[tokens[i]] if mode != DECODE else 0
         for level in range(levels):
             if level % LEVELS == 0:
+                for a in range(SLOTS):  # one round of loads in flight at once hides their latency
+                    slot_keys[a] = mix_hash(keys[a], node)
+                    slot[a] = place(slot_rows[a], slot_keys[a])
+                    touched += slots[slot[a], 0]
                 for a in range(SLOTS):
-                    key = mix_hash(keys[a], node)
-                    slot[a] = find(slots, slot_rows[a], key, HALF)
+                    slot[a] = find(slots, slot[a], slot_keys[a], HALF)
                 at = 1
             if inside[2 * node + 1] == 0:
                 node, at = 2 * node, 2 * at
@@ -2384,6 +2391,7 @@ def code_tokens(state, tokens, rows, bos, mode, coder, buffer, nats):
         nats[i, 0], nats[i, 1] = cost, cost_net
         remember(candidates, found, leaf[tokens[i]], tokens[i], starts, history, now, words, bos)
         follow_match(history, now, repeats, tokens[i])
+    return touched
 
 
 def token_tree(text: Any, vocab: int) -> Any:

@@ -36,6 +36,8 @@ TINY = {
     "ENGRAM_EMBED_DIM": "8",
     "BIGRAM_HASH_SIZE": "37",
     "SKIPGRAM_HASH_SIZE": "41",
+    "MIXER_MEMORY_MB": "4",
+    "PACK_TEXT_BYTES": "3000",
     "EVAL_STRIDE": "8",
     "EVAL_BATCH_SEQS": "3",
 }

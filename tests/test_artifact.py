@@ -97,9 +97,14 @@ def written(tmp_path):
     return path, params, cfg, tokens
 
 
+PACKED = t.Packed(np.random.default_rng(3).permutation(50), 7, bytes(range(200)))
+
+
 def test_round_trip(written):
     path, params, cfg, tokens = written
-    header, read, back = t.read_artifact(path)
+    artifact = t.read_artifact(path)
+    header, read, back = artifact.header, artifact.tokens, artifact.params
+    assert artifact.packed is None
     assert list(back) == list(params)
     for name, group in t.group_parameters(list(params)).items():
         w, got = np.array(params[name]), np.array(back[name])
@@ -120,13 +125,33 @@ def test_round_trip(written):
     assert restored.num_layers == cfg.num_layers and restored.weight_bits == 5
 
 
+def test_packed_text_comes_back_beside_the_same_model(written):
+    path, params, cfg, tokens = written
+    bare, plain = t.read_artifact(path), path.read_bytes()
+    groups = t.group_parameters(list(params))
+    for packed in (PACKED, t.dataclasses.replace(PACKED, tokens=0, code=b"")):
+        event = t.write_artifact(path, params, groups, cfg, tokens, packed)
+        raw = path.read_bytes()
+        assert event["model_bytes"] == len(raw)
+        model_bytes = struct.unpack_from("<Q", raw, 43)[0]
+        assert raw[51 + model_bytes :] == packed.code  # as it is: a code cannot be compressed
+        read = t.read_artifact(path)
+        np.testing.assert_array_equal(read.packed.leaf, packed.leaf)
+        assert (read.packed.tokens, read.packed.code) == (packed.tokens, packed.code)
+        for name in ("piece_bytes", "leading", "control"):
+            np.testing.assert_array_equal(getattr(read.tokens, name), getattr(tokens, name))
+        assert all((read.params[n] == bare.params[n]).all() for n in params)
+    t.write_artifact(path, params, groups, cfg, tokens)
+    assert path.read_bytes() == plain
+
+
 def test_the_layout_is_json_and_raw_tensors(written):
     """Read by the format's own words, with the decompressor that the file names."""
     path, params, _, _ = written
     raw = path.read_bytes()
-    magic, version, number = struct.unpack_from("<8sHB", raw)
-    assert (magic, version) == (b"MLXGOLF1", 1)
-    body = t.compressors()[number][2](raw[43:])
+    magic, version, number, _, model_bytes = struct.unpack_from("<8sHB32sQ", raw)
+    assert (magic, version, model_bytes) == (b"MLXGOLF1", 2, len(raw) - 51)
+    body = t.compressors()[number][2](raw[51:])
     (length,) = struct.unpack_from("<I", body)
     header = json.loads(body[4 : 4 + length])
     at = 4 + length + 3 * 50  # after the byte table: uint16 and flags of each piece
@@ -135,7 +160,7 @@ def test_the_layout_is_json_and_raw_tensors(written):
         at += (np.prod(shape) + 2 * shape[0]) if bits else 4 * np.prod(shape)
     assert at == len(body)
     sizes = {name: len(pack(body)) for name, pack, _ in t.compressors()}
-    assert len(raw) - 43 == min(sizes.values())
+    assert len(raw) - 51 == min(sizes.values())
 
 
 def test_exports_are_identical(written, tmp_path):
@@ -149,13 +174,16 @@ def test_exports_are_identical(written, tmp_path):
     assert again.read_bytes() != path.read_bytes()
 
 
-def test_damaged_files_are_named(written):
-    path, good = written[0], written[0].read_bytes()
-    flips = [*range(43), *np.linspace(43, len(good) - 1, 20).astype(int)]
+@pytest.mark.parametrize("packed", [None, PACKED])
+def test_damaged_files_are_named(written, packed):
+    path, params, cfg, tokens = written
+    t.write_artifact(path, params, t.group_parameters(list(params)), cfg, tokens, packed)
+    good = path.read_bytes()
+    flips = [*range(51), *np.linspace(51, len(good) - 1, 20).astype(int)]
     damaged = {f"byte {i}": good[:i] + bytes([good[i] ^ 1]) + good[i + 1 :] for i in flips}
-    damaged |= {f"cut at {n}": good[:n] for n in (0, 7, 8, 42, 43, 44, len(good) - 1)}
+    damaged |= {f"cut at {n}": good[:n] for n in (0, 7, 8, 42, 43, 50, 51, 52, len(good) - 1)}
     damaged |= {"longer": good + b"\0", "other": b"PK\3\4" * 99, "pickle": b"\x80\4." * 99}
-    damaged["version"] = good[:8] + struct.pack("<H", 2) + good[10:]
+    damaged["version"] = good[:8] + struct.pack("<H", 1) + good[10:]
     wrong = []
     for what, content in damaged.items():
         path.write_bytes(content)
@@ -163,7 +191,7 @@ def test_damaged_files_are_named(written):
             t.read_artifact(path)
             wrong.append(f"{what}: read")
         except t.UserError as error:
-            if str(path) not in str(error) or (what == "version" and "version 2" not in str(error)):
+            if str(path) not in str(error) or (what == "version" and "version 1" not in str(error)):
                 wrong.append(f"{what}: {error}")
         except Exception as error:
             wrong.append(f"{what}: {error!r}")

@@ -17,6 +17,11 @@ def silent(done, total, bpb):
     """A progress that shows nothing."""
 
 
+def net_costs(stream, text):
+    """The stage of MIXER=off."""
+    return t.costs(iter(stream), text, t.NetOnly())
+
+
 def facts(seed=0):
     """Tokenizer facts in which every kind of piece occurs."""
     rng = np.random.default_rng(seed)
@@ -145,6 +150,20 @@ def test_a_token_moves_nothing_before_it(net, text):
     assert (one[60] != two[60]).any()
 
 
+@pytest.mark.parametrize("length", [150, 10])
+def test_a_decoder_gets_the_rows_of_the_encoder(net, text, length):
+    """Bit for bit: the first window with its tokens known one after the other."""
+    text = text[:length]
+    for batch, workers in ((1, 1), (3, 1), (100, 3)):
+        with t.Workers(workers) as several:
+            first, logs = next(stream_of(net, text, (16, 8, batch), several))
+        assert first == 0 and len(logs) == min(16, length - 1)
+        inputs = np.full(16, text[0], np.int32)
+        for i in range(len(logs)):
+            inputs[i] = text[i]
+            assert (t.first_window(net[0], inputs, t.Workers(1))[i] == logs[i]).all()
+
+
 @pytest.mark.parametrize("length", [400, 4000])
 def test_stream_is_lazy(net, length):
     """An item costs at most one batch, and no part outgrows a window, however long the text."""
@@ -158,6 +177,7 @@ def test_stream_is_lazy(net, length):
         assert len(workers.rows) <= last + 1 and max(workers.rows) <= 3
         done, last = done + len(logs), len(workers.rows)
     assert last <= 1 + math.ceil(11 / 3)
+    assert workers.rows[0] == 1 and set(workers.rows[1:]) == {3}  # the first window is alone
 
 
 # --------------------------------------------------------------------------------------------------
@@ -188,22 +208,63 @@ def test_score_equals_the_formula(text):
     tokens = facts()
     parts, logs = made_up_stream(text)
     seen = []
-    got = t.score(iter(parts), text, tokens, lambda *args: seen.append(args))
+    got = t.score(net_costs(parts, text), text, tokens, lambda *args: seen.append(args))
     loss, bpb, size = numpy_score(text, tokens, logs)
     assert math.isclose(got["val_loss"], loss, rel_tol=1e-12)
     assert math.isclose(got["val_bpb"], bpb, rel_tol=1e-12)
+    assert got["val_bpb_net"] == got["val_bpb_context"] == got["val_bpb"]
     assert (got["val_tokens"], got["val_bytes"]) == (149, size)
     assert [done for done, _, _ in seen] == [1, 20, 21, 60, 149]
     assert seen[-1] == (149, 149, got["val_bpb"])
     # Bits per byte of the uniform distribution need no net to be known.
     uniform = [(0, np.full((149, VOCAB), -math.log(VOCAB)))]
-    got = t.score(iter(uniform), text, tokens, silent)
+    got = t.score(net_costs(uniform, text), text, tokens, silent)
     assert math.isclose(got["val_bpb"], 149 * math.log2(VOCAB) / size)
+
+
+class Learner:
+    """A scorer whose costs name what it has seen: columns net, tokens so far, their sum."""
+
+    def __init__(self):
+        self.seen = []
+
+    def score(self, tokens, logs):
+        net, out = t.NetOnly().score(tokens, logs)[:, 0], []
+        for token, cost in zip(tokens.tolist(), net, strict=True):
+            out.append([cost, len(self.seen), sum(self.seen)])
+            self.seen.append(token)
+        return np.array(out)
+
+
+def test_each_column_is_a_score_of_its_own(text):
+    parts, logs = made_up_stream(text)
+    scorer, tokens = Learner(), facts()
+    got = t.score(t.costs(iter(parts), text, scorer), text, tokens, silent)
+    assert scorer.seen == text[1:].tolist()  # each token once, in order
+    _, bpb, size = numpy_score(text, tokens, logs)
+    before = np.concatenate([[0], np.cumsum(text[1:-1])]).sum()
+    assert math.isclose(got["val_bpb_net"], bpb, rel_tol=1e-12)
+    assert math.isclose(got["val_bpb_context"], 149 * 74 / size / math.log(2), rel_tol=1e-12)
+    assert math.isclose(got["val_bpb"], before / size / math.log(2), rel_tol=1e-12)
+    assert math.isclose(got["val_loss"], before / 149, rel_tol=1e-12)
+
+
+@pytest.mark.parametrize("done", [0, 1, 5, 20, 21, 60, 149])
+def test_what_is_scored_already_is_not_scored_again(text, done):
+    parts, logs = made_up_stream(text)
+    scorer = Learner()
+    rest = list(t.costs(iter(parts), text, scorer, done))
+    assert scorer.seen == text[done + 1 :].tolist()
+    first = [(0, t.NetOnly().score(text[1 : done + 1], logs[:done]))] * (done > 0)
+    rest = [(a, np.repeat(part[:, :1], 3, axis=1)) for a, part in rest]
+    got = t.score(iter([*first, *rest]), text, facts(), silent)
+    assert math.isclose(got["val_loss"], numpy_score(text, facts(), logs)[0], rel_tol=1e-12)
 
 
 def test_sliding_by_a_whole_window_is_standard(net, text):
     scores = [
-        t.score(stream_of(net, text, (16, 16, batch)), text, facts(), silent) for batch in (2, 5)
+        t.score(net_costs(stream_of(net, text, (16, 16, batch)), text), text, facts(), silent)
+        for batch in (2, 5)
     ]
     expected = numpy_score(text, facts(), slow_log_probs(net, text, 16, 16))
     for got in scores:
@@ -218,10 +279,10 @@ def test_streams_out_of_order_are_refused(order, removed):
     parts, _ = made_up_stream(text)
     order = [i for i in order if i not in removed]
     if order == list(range(5)):
-        assert t.score(iter(parts), text, facts(), silent)["val_tokens"] == 99
+        assert t.score(net_costs(parts, text), text, facts(), silent)["val_tokens"] == 99
         return
-    with pytest.raises(AssertionError):
-        t.score(iter([parts[i] for i in order]), text, facts(), silent)
+    with pytest.raises(t.AuditFailed, match="coverage"):
+        t.score(net_costs([parts[i] for i in order], text), text, facts(), silent)
 
 
 def test_streams_that_repeat_or_overlap_are_refused(text):
@@ -233,7 +294,7 @@ def test_streams_that_repeat_or_overlap_are_refused(text):
         [(0, logs[:-1])],
         [],
     ):
-        with pytest.raises(AssertionError):
-            t.score(iter(wrong), text, facts(), silent)
-    with pytest.raises(AssertionError):  # what is missing has no bytes
-        t.score(iter(parts), np.append(text, np.int32(BOS)), facts(), silent)
+        with pytest.raises(t.AuditFailed, match="coverage"):
+            t.score(net_costs(wrong, text), text, facts(), silent)
+    with pytest.raises(t.AuditFailed, match="coverage"):  # what is missing has no bytes
+        t.score(net_costs(parts, text), np.append(text, np.int32(BOS)), facts(), silent)

@@ -26,7 +26,8 @@ SKIPGRAM_HASH_SIZE=0 COMPLEMENT_ALPHA=0.5 EMA_DECAY EMA_START_FRAC USE_ORTHO_INI
 USE_SMEARGATE LN_SCALE_ENABLED XSA_LAST_N=4 BETA1 BETA2 ADAM_EPS TIED_EMBED_LR MATRIX_LR SCALAR_LR
 MUON_MOMENTUM MUON_BACKEND_STEPS MUON_MOMENTUM_WARMUP_START MUON_MOMENTUM_WARMUP_STEPS
 MUON_WEIGHT_DECAY ADAM_WEIGHT_DECAY LATE_QAT_THRESHOLD USE_GPTQ_LITE GRAD_CLIP_NORM OUT_DIR=logs
-HASH_LR EVAL_ONLY VAL_MAX_TOKENS PRESET"""
+HASH_LR EVAL_ONLY VAL_MAX_TOKENS PRESET NGRAM_MIXER_ENABLED=1 NGRAM_MAX_ORDER NGRAM_ALPHA
+MIXER=logistic MIXER_MEMORY_MB PACK_TEXT_BYTES=-1 NGRAM_SMOOTHING AUDIT=1"""
 
 # The public MLX baseline's own settings (openai/parameter-golf, train_gpt_mlx.py).
 BASELINE = """num_layers=9 model_dim=512 num_heads=8 num_kv_heads=4 mlp_mult=2 mlp_leak=0
@@ -37,7 +38,8 @@ muon_momentum_warmup_start=0.85 muon_momentum_warmup_steps=500 muon_backend_step
 muon_weight_decay=0 adam_weight_decay=0 grad_clip_norm=0 rope_dims=0 rope_base=10000
 qk_gain_init=1.5 logit_softcap=30 tied_embed_init_std=0.005 seed=1337 ema_decay=0 use_swa=0
 engram_lite_enabled=0 bigram_hash_size=0 skipgram_hash_size=0 complement_alpha=0 use_smeargate=0
-use_ortho_init=0 ln_scale_enabled=0 xsa_last_n=0 late_qat_threshold=0 eval_mode=standard"""
+use_ortho_init=0 ln_scale_enabled=0 xsa_last_n=0 late_qat_threshold=0 eval_mode=standard
+mixer=off"""
 
 
 def start(*argv, **env):
@@ -54,7 +56,7 @@ def start(*argv, **env):
 def assert_light(modules):
     """Nothing that takes time to load was imported."""
     assert "json" in modules  # the list is not empty
-    assert not {"numpy", "mlx", "mlx.core", "sentencepiece"} & modules
+    assert not {"numpy", "numba", "mlx", "mlx.core", "sentencepiece"} & modules
 
 
 def test_public_names_and_defaults():
@@ -139,6 +141,7 @@ def test_any_text_is_a_value_or_a_named_problem(name, text):
         "TRAIN_BATCH_TOKENS=512 TRAIN_SEQ_LEN=1024",
         "ITERATIONS=0 MAX_WALLCLOCK_SECONDS=0",
         "RESUME=1",
+        "NGRAM_ALPHA=2",
     ],
 )
 def test_settings_that_do_not_fit_together(settings_text):
@@ -157,8 +160,53 @@ def test_warnings():
     assert "NUM_LAYER " in line and "NUM_LAYERS" in line
     (line,) = warnings(COMPLIMENT_ALPHA="1")
     assert "COMPLEMENT_ALPHA" in line
-    for name in ("NGRAM_MIXER_ENABLED", "NGRAM_MAX_ORDER", "NGRAM_ALPHA"):
-        assert [name in line for line in warnings(**{name: "1"})] == [True]
+
+
+MIXER_KNOBS = {
+    "MIXER_MEMORY_MB": ("9", "logistic"),
+    "PACK_TEXT_BYTES": ("9", "logistic"),
+    "NGRAM_MAX_ORDER": ("2", "backoff"),
+    "NGRAM_ALPHA": ("0.5", "backoff"),
+    "NGRAM_SMOOTHING": ("laplace", "backoff"),
+}
+
+
+@pytest.mark.parametrize("mixer", FIELDS["mixer"].metadata["choices"])
+def test_knobs_of_another_mixer_warn(mixer):
+    """One that is set, not one that the preset or an artifact set."""
+    for name, (value, owner) in MIXER_KNOBS.items():
+        env = {"PRESET": "cpu", "MIXER": mixer, name: value}
+        cfg, warnings = t.knobs_from_env(env)
+        assert str(getattr(cfg, name.lower())) == value
+        expected = [] if mixer == owner else [f"{name} has no effect with MIXER={mixer}"]
+        assert warnings == expected
+        if mixer != "off":
+            off, warnings = t.knobs_from_env({**env, "NGRAM_MIXER_ENABLED": "0"})
+            assert off.mixer == "off"
+            assert warnings == [f"{name} has no effect with MIXER=off"]
+    base = {name.lower(): getattr(t.Knobs(), name.lower()) for name in MIXER_KNOBS}
+    assert t.knobs_from_env({"MIXER": mixer, "NGRAM_MIXER_ENABLED": "1"}, base=base)[1] == []
+
+
+def test_switching_the_mixer_off_is_choosing_off():
+    cfgs = [t.knobs_from_env({"PRESET": "mac", **env})[0] for env in (
+        {"MIXER": "off"}, {"NGRAM_MIXER_ENABLED": "0"}, {"NGRAM_MIXER_ENABLED": "1"})]  # fmt: skip
+    assert [cfg.mixer for cfg in cfgs] == ["off", "off", "logistic"]
+    assert t.dataclasses.replace(cfgs[1], ngram_mixer_enabled=True) == cfgs[0]
+
+
+@pytest.mark.parametrize("alpha", ["0", "1", "0.25", ".5", "1.0", "auto"])
+def test_a_weight_of_the_n_grams(alpha):
+    cfg, _ = t.knobs_from_env({"PRESET": "h100", "MIXER": "backoff", "NGRAM_ALPHA": alpha})
+    tokens = t.Tokens(t.np.ones(9, "<u2"), *t.np.zeros((2, 9), bool), 1, False, "")
+    weights = t.new_scorer(cfg, tokens, None, 5).state[4]
+    assert weights[0, 0, 0] / weights[0, 0, 1] == (0.25 if alpha == "auto" else float(alpha))
+
+
+@pytest.mark.parametrize("alpha", ["2", "1.01", "-0.1", "nan", "inf", "Auto", "0.5.", "half", "."])
+def test_a_weight_outside_0_to_1_is_refused(alpha):
+    with pytest.raises(t.UserError, match=f"NGRAM_ALPHA={re.escape(alpha)}: must be from 0 to 1"):
+        t.knobs_from_env({"PRESET": "h100", "NGRAM_ALPHA": alpha})
 
 
 def test_aliases():

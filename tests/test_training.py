@@ -110,6 +110,17 @@ def test_the_cut_of_a_step_does_not_change_where_it_leads(make_trainer):
         close(trainer.opt, whole.opt, 5e-3)
 
 
+def test_a_core_that_something_else_uses_changes_no_bit(make_trainer):
+    """Text is packed beside the training, for as long as it takes."""
+    alone, shared = make_trainer(WORKERS=2), make_trainer(WORKERS=2)
+    for reserved in (0, 1, 2, 0):
+        shared.workers.reserved = reserved
+        loss = alone.advance()["train_loss"]
+        assert shared.advance()["train_loss"] == loss
+    for kind in ("params", "opt", "average"):
+        assert same(getattr(shared, kind), getattr(alone, kind)), kind
+
+
 @pytest.mark.parametrize("limit", [0.01, 1e6])
 def test_clipping_scales_the_whole_gradient(make_trainer, limit):
     free, clipped = make_trainer(), make_trainer(GRAD_CLIP_NORM=limit)
