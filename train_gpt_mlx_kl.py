@@ -2098,9 +2098,9 @@ def learn_weights(w, visits, r, x, error):
     """A gradient step for w[r], smaller the more it has taken."""
     rate = max(LAST_RATE, FIRST_RATE / (np.float32(1) + visits[r] * FADE))
     visits[r] += np.float32(1)
-    step = error * rate
-    for j in range(WIDTH):
-        w[r, j] += step * x[j]
+    step, row = error * rate, w[r]
+    for j in range(len(x)):  # a length unknown to the compiler: it makes vectors of this loop
+        row[j] += step * x[j]
 
 
 @njit(cache=True)
