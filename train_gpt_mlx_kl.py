@@ -198,7 +198,7 @@ class Knobs:
         "logistic", "context models at evaluation", choices=("logistic", "backoff", "off")
     )
     ngram_mixer_enabled: bool = knob(True, "0 is the same as MIXER=off")
-    mixer_memory_mb: int = knob(2200, "logistic: MiB of tables", lo=1, hi=1 << 20)
+    mixer_memory_mb: int = knob(2100, "logistic: MiB of tables", lo=1, hi=1 << 20)
     pack_text_bytes: int = knob(
         -1, "logistic: artifact bytes for training text; -1: what script and net leave", lo=-1
     )
@@ -2529,6 +2529,8 @@ class LogisticMixer:
         logs (m, V) float32: the net's, if it takes part. Returns (m, 2) float64 nats a token, by
         the contexts alone and by all.
         """
+        if self.state.now[0] + len(tokens) > len(self.state.history):
+            raise ValueError(f"more than the {len(self.state.history)} tokens announced")
         rows = np.zeros((0, self.vocab), np.uint32)
         if logs is not None:
             rows = (np.exp(np.minimum(logs, 0)) * np.float32(1 << 30)).astype(np.uint32)
@@ -2927,7 +2929,7 @@ def score(
 # ==================================================================================================
 
 PACK_CHUNK = 1 << 14  # tokens a call of the kernel
-PACKED_TOKENS_AT_MOST = 100_000_000
+CONSIDERED_TOKENS = 40_000_000  # of the training text; about 25 M fill an artifact
 WORST_TOKEN_BYTES = 0.65  # a token's code at the most, for planning
 PACK_TOKENS_A_SECOND = 60_000  # at the least, for planning
 
@@ -2997,15 +2999,16 @@ class Packer:
 
     def pack(self) -> None:
         """Code documents, the likest to all the text last, until bytes or time run out."""
-        parts, left = [], PACKED_TOKENS_AT_MOST
+        parts, left = [], CONSIDERED_TOKENS
         for shard in self.shards:
             parts.append(np.asarray(shard[:left], np.int32))
             left -= len(parts[-1])
         text = np.concatenate(parts)
         self.leaf = token_tree(text[:2_000_000], self.tokens.vocab)
         most = min(self.budget / 0.3, self.time_left() * 4 * PACK_TOKENS_A_SECOND, len(text))
-        capacity = int(most) + (1 << 21) + MESSAGE_TOKENS
-        self.mixer = LogisticMixer(self.tokens, self.leaf, capacity, self.cfg.mixer_memory_mb)
+        self.capacity = int(most) + (1 << 20)
+        room = self.capacity + MESSAGE_TOKENS + 1
+        self.mixer = LogisticMixer(self.tokens, self.leaf, room, self.cfg.mixer_memory_mb)
         documents = rank_documents(text, self.tokens.vocab, self.tokens.bos, int(most))
         while self.budget - len(self.code.out) > 1000 and self.time_left() > 1:
             plan = min((self.budget - len(self.code.out)) / WORST_TOKEN_BYTES,
@@ -3022,7 +3025,8 @@ class Packer:
         """Code tokens in chunks, as long as bytes and time are left."""
         for chunk in np.array_split(tokens, -(-len(tokens) // PACK_CHUNK)):
             room = self.budget - len(self.code.out) - 8
-            chunk = chunk[: max(room // 3, 0)]  # 16 bits a decision at the worst are never met
+            # 3 bytes a token: more than a chunk of real text takes
+            chunk = chunk[: max(min(room // 3, self.capacity - self.count), 0)]
             if len(chunk) == 0 or self.time_left() < 0:
                 return
             self.mixer.code(chunk, None, self.code)

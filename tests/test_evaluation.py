@@ -292,6 +292,7 @@ def test_streams_that_repeat_or_overlap_are_refused(text):
         [*parts, parts[-1]],
         [*parts[:2], (19, logs[19:21]), *parts[3:]],
         [(0, logs[:-1])],
+        [parts[0], *[(148, logs[148:])] * 148],  # as many as there are
         [],
     ):
         with pytest.raises(t.AuditFailed, match="coverage"):

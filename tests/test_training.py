@@ -112,8 +112,8 @@ def test_the_cut_of_a_step_does_not_change_where_it_leads(make_trainer):
 
 def test_a_core_that_something_else_uses_changes_no_bit(make_trainer):
     """Text is packed beside the training, for as long as it takes."""
-    alone, shared = make_trainer(WORKERS=2), make_trainer(WORKERS=2)
-    for reserved in (0, 1, 2, 0):
+    alone, shared = make_trainer(WORKERS=3), make_trainer(WORKERS=3)
+    for reserved in (0, 1, 3, 0):
         shared.workers.reserved = reserved
         loss = alone.advance()["train_loss"]
         assert shared.advance()["train_loss"] == loss
