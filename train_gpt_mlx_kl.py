@@ -34,6 +34,7 @@ the order in which data flows:
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import dataclasses
 import decimal
@@ -323,7 +324,9 @@ def knobs_from_env(
         preset = "cpu" if guess_device(given.get("device", "auto")) == "cpu" else "mac"
     cfg = Knobs(**{"preset": preset, **(base or preset_values(preset)), **given})
     if not cfg.ngram_mixer_enabled:
-        cfg = dataclasses.replace(cfg, mixer="off")
+        if given.get("mixer", "off") != "off":
+            warnings.append(f"MIXER={cfg.mixer} has no effect with NGRAM_MIXER_ENABLED=0")
+        cfg = dataclasses.replace(cfg, mixer="off", ngram_mixer_enabled=True)
     for mixer, names in MIXER_KNOBS.items():
         idle = [name for name in names if name in given and cfg.mixer != mixer]
         warnings += [f"{name.upper()} has no effect with MIXER={cfg.mixer}" for name in idle]
@@ -1653,7 +1656,7 @@ class Trainer:
         arrays, meta = mx.load(str(self.report.checkpoint), return_metadata=True)
         saved = json.loads(meta["knobs"])
         free = ("iterations", "max_wall", "warmdown", "resume", "checkpoint", "train_log")
-        free += ("eval_", "val_", "run_id", "out_dir")
+        free += ("eval_", "val_", "run_id", "out_dir", "audit", "mixer", "ngram_", "pack_")
         for name, value in dataclasses.asdict(self.cfg).items():
             if not name.startswith(free) and saved.get(name) != value:
                 raise UserError(f"RESUME=1: {name.upper()} was {saved.get(name)}, not {value}")
@@ -2507,8 +2510,8 @@ class Coder:
             self.out += self.buffer[: int(self.state[3])].tobytes()
 
     def finish(self) -> bytes:
-        """The whole code; its last bytes name a number inside the final interval."""
-        return bytes(self.out + int(self.state[1]).to_bytes(4, "big"))
+        """The whole code. Its last byte, with zeros behind it, lies inside the final interval."""
+        return bytes(self.out) + bytes([int(self.state[1]) >> 24])
 
 
 class LogisticMixer:
@@ -2975,10 +2978,11 @@ class Packer:
         self.thread = threading.Thread(target=self.run, daemon=True)
         self.mixer: LogisticMixer | None = None
         self.code, self.count, self.leaf = Coder(), 0, np.arange(tokens.vocab)
+        LogisticMixer(tokens, self.leaf, 1, 1).begin(0)  # compiled before the clock starts
 
-    def start(self) -> None:
-        """Begin; MAX_WALLCLOCK_SECONDS starts now."""
-        self.begin = time.perf_counter()
+    def start(self, spent_s: float) -> None:
+        """Begin, `spent_s` after MAX_WALLCLOCK_SECONDS started."""
+        self.begin = time.perf_counter() - spent_s
         self.workers.reserved = 1
         self.thread.start()
 
@@ -3023,14 +3027,14 @@ class Packer:
 
     def code_batch(self, tokens: Any) -> None:
         """Code tokens in chunks, as long as bytes and time are left."""
-        for chunk in np.array_split(tokens, -(-len(tokens) // PACK_CHUNK)):
-            room = self.budget - len(self.code.out) - 8
-            # 3 bytes a token: more than a chunk of real text takes
-            chunk = chunk[: max(min(room // 3, self.capacity - self.count), 0)]
-            if len(chunk) == 0 or self.time_left() < 0:
+        while len(tokens) and self.time_left() > 0:
+            room = self.budget - len(self.code.out) - 8  # 3 bytes a token: more than text takes
+            size = min(PACK_CHUNK, room // 3, self.capacity - self.count)
+            if size <= 0:
                 return
-            self.mixer.code(chunk, None, self.code)
-            self.count += len(chunk)
+            self.mixer.code(tokens[:size], None, self.code)
+            self.count += len(tokens[:size])
+            tokens = tokens[size:]
 
     def finish(self) -> Packed:
         """Wait for the thread; raises what went wrong in it."""
@@ -3432,7 +3436,7 @@ def train_and_export(
     trainer.warm_up()
     packer = new_packer(trainer, tokens)
     if packer:
-        packer.start()
+        packer.start(trainer.elapsed_s)
     train(trainer, validation)
     packed = packer.finish() if packer else None
     if packer:
@@ -3556,7 +3560,10 @@ def evaluate_here(channel: Any, cfg: Knobs, path: Path, folder: Path, tokenizer:
             result = Evaluation(cfg, path, folder, workers).run(channel.recv, tokenizer)
             channel.send({**result, "peak_memory_bytes": peak_memory()})
     except (UserError, EOFError) as error:
-        channel.send(error)
+        with contextlib.suppress(OSError):  # the other side may have failed first
+            channel.send(error)
+    except KeyboardInterrupt:
+        pass
 
 
 def evaluate(
@@ -3570,12 +3577,17 @@ def evaluate(
     process.start()
     there.close()
     try:
-        here.send(Evaluation(cfg, path, folder, workers).message(mixer))
+        message = Evaluation(cfg, path, folder, workers).message(mixer)
         if mixer:
             mixer.state = None  # gigabytes that the other process may need
+        with contextlib.suppress(OSError):  # it may have failed: then it has said why
+            here.send(message)
         result = here.recv()
-    except (EOFError, BrokenPipeError):
+    except (EOFError, OSError):
         raise RunFailed("the evaluating process ended without a result (out of memory?)") from None
+    except BaseException:
+        process.terminate()
+        raise
     finally:
         here.close()
         process.join()
