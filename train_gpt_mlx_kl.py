@@ -1884,6 +1884,11 @@ class BackoffMixer:
         top, tokens = logs.max(axis=1).astype(np.float64), tokens.astype(np.int64)
         return mix(self.state, tokens, net, top, self.alphabet, self.rule, learns, self.adapts)
 
+    @property
+    def learned(self) -> int:
+        """Tokens learned so far."""
+        return int(self.state[2][2])
+
     def save(self) -> tuple[Any, ...]:
         """A copy of all that scoring changes."""
         return tuple(array.copy() for array in self.state)
@@ -2047,7 +2052,7 @@ def recent(history, now, back, bos):
 @njit(cache=True)
 def context_key(row, history, now, words, leaf, bos, shift):
     """64-bit key of a Context's row: it is of the past alone."""
-    h = mix_hash(np.uint64(1), row[0] | row[1] << 8 | row[2] << 16 | row[3] << 20)
+    h = mix_hash(np.uint64(1 << 40), row[0] | row[1] << 8 | row[2] << 16 | row[3] << 20)
     for back in range(8):
         if row[0] >> back & 1:
             h = mix_hash(h, recent(history, now, back + 1, bos))
@@ -2159,7 +2164,9 @@ def refine(apm, apm_hashed, node, before, mixed, at):
     place = min(max((mixed + np.float32(8)) * np.float32(2), np.float32(0)), np.float32(31.99))
     low = np.int64(place)
     high = place - np.float32(low)
-    hashed = (mix_hash(np.uint64(before), node) >> np.uint64(40)) % np.uint64(len(apm_hashed) // 33)
+    hashed = (mix_hash(np.uint64(before) << np.uint64(20), node) >> np.uint64(40)) % np.uint64(
+        len(apm_hashed) // 33
+    )
     at[0], at[1] = node * 33 + low, np.int64(hashed) * 33 + low
     total = np.float32(0)
     for k, table in enumerate((apm, apm_hashed)):
@@ -2239,9 +2246,9 @@ def remember(candidates, found, leaf, token, starts, history, now, words, bos):
     history[n] = token
     now[0] = n + 1
     if token == bos:
-        now[1], words[0], words[1] = n, 0, 0
+        now[1], words[0], words[1] = n, 1 << 50, 1 << 50
     elif starts[token]:
-        words[1], words[0] = words[0], mix_hash(np.uint64(5), token)
+        words[1], words[0] = words[0], mix_hash(np.uint64(5 << 40), token)
     else:
         words[0] = mix_hash(words[0], token)
 
@@ -2485,7 +2492,7 @@ def new_mixer(tokens: Tokens, leaf: Any, capacity: int, memory_mb: int) -> Mixer
         net_weights=net_weights, net_base=np.cumsum([0, *net_rows]),
         repeats=np.zeros(min(1 << 24, max(unit // 64, 64)), np.int32),
         history=np.zeros(capacity, np.int32), now=np.zeros(4, np.int64),
-        words=np.zeros(2, np.uint64),
+        words=np.full(2, 1 << 50, np.uint64),
     )  # fmt: skip
 
 
@@ -2534,6 +2541,8 @@ class LogisticMixer:
         """
         if self.state.now[0] + len(tokens) > len(self.state.history):
             raise ValueError(f"more than the {len(self.state.history)} tokens announced")
+        if len(tokens) and not 0 <= tokens.min() <= tokens.max() < self.vocab:
+            raise ValueError(f"a token outside the vocabulary of {self.vocab}")
         rows = np.zeros((0, self.vocab), np.uint32)
         if logs is not None:
             rows = (np.exp(np.minimum(logs, 0)) * np.float32(1 << 30)).astype(np.uint32)
@@ -2553,6 +2562,11 @@ class LogisticMixer:
         """Tokens (m,) int32, the net's logs (m, V) float32 -> (m, 3) nats: net, contexts, mixed."""
         net = -logs[np.arange(len(tokens)), tokens].astype(np.float64)
         return np.column_stack([net, self.code(tokens.astype(np.int64), logs)])
+
+    @property
+    def learned(self) -> int:
+        """Tokens learned so far."""
+        return int(self.state.now[0])
 
     def save(self) -> Mixer:
         """A copy of the state."""
@@ -2859,6 +2873,8 @@ Progress = Callable[[int, int, float], None]  # tokens done, tokens in all, BPB 
 class NetOnly:
     """The scorer of MIXER=off: what the net says."""
 
+    learned = 0
+
     def begin(self, first: int) -> None:
         """The text's first token; the net has it from the stream."""
 
@@ -3009,7 +3025,8 @@ class Packer:
             left -= len(parts[-1])
         text = np.concatenate(parts)
         self.leaf = token_tree(text[:2_000_000], self.tokens.vocab)
-        most = min(self.budget / 0.3, self.time_left() * 4 * PACK_TOKENS_A_SECOND, len(text))
+        at_most = max(self.time_left(), 0) * 4 * PACK_TOKENS_A_SECOND
+        most = min(self.budget / 0.3, at_most, len(text))
         self.capacity = int(most) + (1 << 20)
         room = self.capacity + MESSAGE_TOKENS + 1
         self.mixer = LogisticMixer(self.tokens, self.leaf, room, self.cfg.mixer_memory_mb)
@@ -3145,6 +3162,8 @@ class Audit:
                 raise AuditFailed("coverage", f"target {due} was due, but {first} was scored")
             nats.append(part)
             due += len(part)
+        if due != len(text) - 1:
+            raise AuditFailed("coverage", f"scored {due} of {len(text) - 1} targets")
         return np.concatenate(nats), np.concatenate(rows)
 
     def scorer(self, capacity: int) -> Scorer:
@@ -3358,7 +3377,7 @@ class Validation:
 
     def check_whole(self) -> None:
         """The label must fit what the shards hold."""
-        total = sum(len(open_shard(path)) for path in self.paths)
+        total = sum(len(open_shard(path)) for path in find_shards(self.paths[0].parent, "val"))
         if self.whole != (len(self.text) == total):
             raise AuditFailed("whole text", f"{len(self.text)} of {total} tokens are called whole")
 
@@ -3509,9 +3528,9 @@ class Evaluation:
         scorer = new_scorer(self.cfg, self.artifact.tokens, leaf, capacity)
         if isinstance(scorer, LogisticMixer):
             unpack(scorer, packed, label)
-            if scorer.state.now[0] != packed.tokens:
-                seen = int(scorer.state.now[0])
-                raise AuditFailed("paid text", f"learned {seen} tokens, paid {packed.tokens}")
+        paid = packed.tokens if isinstance(scorer, LogisticMixer) else 0
+        if scorer.learned != paid:
+            raise AuditFailed("paid text", f"learned {scorer.learned} tokens, paid {paid}")
         return scorer
 
     def message(self, mixer: LogisticMixer | None) -> Message | None:

@@ -20,21 +20,6 @@ COMPILED = ("code_tokens", "mix", "learn", "fill")  # what Python calls; the res
 SEEDS = range(int(os.environ.get("AUDIT_RUNS", "1")))
 WORKERS = t.Workers(1)
 
-# What the audit gets wrong so far; `strict`, so that a mark goes when its reason does.
-TOO_STRICT = pytest.mark.xfail(
-    strict=True,
-    reason="Coder.finish writes 4 bytes, more than check_message allows a short message",
-)
-NO_COVERAGE = pytest.mark.xfail(
-    strict=True, reason="Audit.trace does not check that the last targets were scored: IndexError"
-)
-BACKOFF_UNCHECKED = pytest.mark.xfail(
-    strict=True, reason="Evaluation.primed checks what a logistic mixer has learned, no other"
-)
-FOLDER_UNCHECKED = pytest.mark.xfail(
-    strict=True, reason="check_whole adds up the shards it was given, not those of the folder"
-)
-
 LOGISTIC, OFF = {"MIXER": "logistic"}, {"MIXER": "off"}
 BACKOFF = {"MIXER": "backoff", "NGRAM_ALPHA": "0.25"}
 LEARNED = {"MIXER": "backoff", "NGRAM_ALPHA": "auto"}
@@ -160,7 +145,7 @@ def test_a_short_text_passes(size):
         audit_of(t, env).excerpts(some_text(5, size), 0)
 
 
-@pytest.mark.parametrize("env", [pytest.param(LOGISTIC, marks=TOO_STRICT), BACKOFF, LEARNED, OFF])
+@pytest.mark.parametrize("env", [LOGISTIC, BACKOFF, LEARNED, OFF])
 @pytest.mark.parametrize("mode", ["sliding", "both"])
 def test_a_whole_evaluation_passes(tmp_path, env, mode):
     ours = evaluation_of(t, tmp_path, {**env, "EVAL_MODE": mode}, (200, 57))
@@ -264,10 +249,7 @@ CHEATS = {
 }  # fmt: skip
 
 
-MARKS = {"tail left out": NO_COVERAGE}
-
-
-@pytest.mark.parametrize("name", [pytest.param(n, marks=MARKS.get(n, ())) for n in CHEATS])
+@pytest.mark.parametrize("name", CHEATS)
 def test_cheat_is_caught(tmp_path, name):
     env, edits, kernels, condition = CHEATS[name]
     module = planted(tmp_path, edits, kernels)
@@ -311,7 +293,6 @@ def test_unpaid_text_that_hides_fails_the_message(tmp_path):
     fails("message", ours.run, lambda: ours.message(mixer), None)
 
 
-@BACKOFF_UNCHECKED
 def test_unpaid_counts_of_backoff_are_caught(tmp_path):
     unpaid = "        for v in (5, 6, 7):\n            getattr(scorer, 'begin', print)(v)\n"
     module = planted(tmp_path, [(MADE, MADE + unpaid)])
@@ -331,7 +312,6 @@ def decoded(tmp_path_factory):
     return message, *t.decode_message(*args), text
 
 
-@TOO_STRICT
 def test_message_is_the_text(decoded):
     message, tokens, _, text = decoded
     assert message.tokens == 16 and (tokens == text[1:17]).all()
@@ -425,7 +405,6 @@ def test_a_missing_shard_is_caught(tmp_path):
     fails("whole text", evaluation_of(module, tmp_path, OFF).validation.check_whole)
 
 
-@FOLDER_UNCHECKED
 def test_shards_that_are_not_looked_for_are_caught(tmp_path):
     old = '        paths = find_shards(self.folder, "val")'
     module = planted(tmp_path, [(old, f"{old}[:1]")])
