@@ -26,8 +26,12 @@ the order in which data flows:
     MODEL             GPT with EngramLite / BigramHash / SkipGram added to its logits
     OPTIMIZERS        a table of parameter groups; Muon and Adam
     TRAINING          one progress, one step function, averaging, checkpoints
+    N-GRAM MIXER      exact counts of the text already scored, mixed linearly with the net
+    LOGISTIC MIXER    a token as binary decisions; experts mixed as logits; the arithmetic coder
     ARTIFACT          quantiser, file format, size rules
     EVALUATION        each position scored exactly once; nats per token, bits per byte
+    PACKING           training text inside the artifact, whose decoding primes the mixer
+    AUDIT             causality, normalisation, and a message that is really decoded
     REPORT            train.log, metrics.jsonl, the lines that parsers look for
     MAIN              the chain
 """
@@ -2466,7 +2470,7 @@ def new_mixer(tokens: Tokens, leaf: Any, capacity: int, memory_mb: int) -> Mixer
     inside = np.concatenate([np.zeros(leaves, np.int64), token >= 0])
     for node in range(leaves - 1, 0, -1):
         inside[node] = inside[2 * node] + inside[2 * node + 1]
-    grid = cells(SQUASH[(np.arange(32) * 2 - 31) * 1024 // 24 + 2048 - 0])
+    grid = cells(SQUASH[(np.arange(32) * 2 - 31) * 1024 // 24 + 2048])
     evidence = np.array([0, 10, 20, 30, 40, 55, 80, 130, 220, 400])
     odds = (evidence + 4) * 65536 // (evidence[:, None] + evidence + 8)
     candidate = np.repeat(cells(odds).reshape(-1), 3)
