@@ -87,11 +87,8 @@ class AuditFailed(UserError):
 
     status = 3
 
-    def __init__(self, condition: str, where: str) -> None:
-        super().__init__(condition, where)
-
     def __str__(self) -> str:
-        return f"audit failed: {self.args[0]}: {self.args[1]}"
+        return "audit failed: " + ": ".join(self.args)
 
 
 class RunFailed(UserError):
@@ -139,9 +136,7 @@ class Knobs:
     train_batch_tokens: int = knob(524_288, "tokens a step", lo=1)
     grad_accum_steps: int = knob(8, "rounds of a microbatch a worker a step, at least", lo=1)
     train_seq_len: int = knob(1024, "tokens a training window", lo=2, alias="TRAIN_MAX_SEQ_LEN")
-    mlx_max_microbatch_tokens: int = knob(
-        8192, "tokens a microbatch at most (memory a worker)", lo=1
-    )
+    mlx_max_microbatch_tokens: int = knob(8192, "tokens a microbatch at most: memory", lo=1)
     mlx_eager_eval: bool = knob(True, "evaluate after every microbatch: less memory")
     warmup_steps: int = knob(20, "steps run and thrown away before the clock starts")
     warmdown_iters: int = knob(3500, "last steps, over which the learning rate falls to 0")
@@ -176,9 +171,7 @@ class Knobs:
     matrix_lr: float = knob(0.04, "Muon: block matrices", hi=1e30)
     scalar_lr: float = knob(0.04, "Adam: gains, gates, scales", hi=1e30)
     hash_lr: float = knob(0.05, "Adam: hash tables", hi=1e30)
-    hash_proj_lr: float = knob(
-        0.01, "Adam: EngramLite's projection to the vocabulary", lo=0, hi=100
-    )
+    hash_proj_lr: float = knob(0.01, "Adam: EngramLite's projection to the vocabulary", hi=100)
     beta1: float = knob(0.9, "Adam: decay of the first moment", hi=0.9999)
     beta2: float = knob(0.95, "Adam: decay of the second moment", hi=0.99999)
     adam_eps: float = knob(1e-8, "Adam: epsilon", lo=1e-20, hi=1)
@@ -264,14 +257,11 @@ REMOVED = (
 
 def parse_value(kind: type, meta: dict[str, Any], text: str) -> Any:
     """Text of an environment variable -> value; ValueError says what would be right."""
-    if kind is bool:
-        if text not in ("0", "1"):
-            raise ValueError("must be 0 or 1")
-        return text == "1"
-    if kind is str:
-        if meta["choices"] and text not in meta["choices"]:
-            raise ValueError("must be one of " + ", ".join(meta["choices"]))
-        return text
+    choices = ("0", "1") if kind is bool else meta["choices"]
+    if choices and text not in choices:
+        raise ValueError("must be one of " + ", ".join(choices))
+    if kind in (bool, str):
+        return text == "1" if kind is bool else text
     try:
         value = kind(text)
     except ValueError:
@@ -291,11 +281,35 @@ def guess_device(choice: str) -> str:
     return "gpu" if any(name.lower().startswith("mlx-cuda") for name in names) else "cpu"
 
 
+def parse_env(env: dict[str, str]) -> tuple[dict[str, Any], list[str]]:
+    """Variables that name a knob or its alias -> (values by field name, problems)."""
+    kinds, values, problems = get_type_hints(Knobs), {}, []
+    for field in dataclasses.fields(Knobs):
+        for name in (field.metadata["alias"], field.name.upper()):  # the later one is stronger
+            if env.get(name):
+                try:
+                    values[field.name] = parse_value(kinds[field.name], field.metadata, env[name])
+                except ValueError as error:
+                    problems.append(f"{name}={env[name]}: {error}")
+    return values, problems
+
+
 def preset_values(preset: str) -> dict[str, Any]:
     """Field values that a preset sets; its text is written as a user would set them."""
-    kinds, rows = get_type_hints(Knobs), {f.name: f.metadata for f in dataclasses.fields(Knobs)}
-    pairs = (pair.partition("=") for pair in PRESETS[preset].split())
-    return {n.lower(): parse_value(kinds[n.lower()], rows[n.lower()], v) for n, _, v in pairs}
+    return parse_env(dict(pair.split("=") for pair in PRESETS[preset].split()))[0]
+
+
+def check_names(env: dict[str, str]) -> tuple[list[str], list[str]]:
+    """Variables that name no knob -> (problems: public names not kept, warnings: misspellings)."""
+    fields = dataclasses.fields(Knobs)
+    names = {f.name.upper() for f in fields} | {f.metadata["alias"] for f in fields}
+    problems, warnings = [], []
+    for name in sorted(set(env) - names):
+        reasons = [why for prefix, why in REMOVED if name.startswith(prefix)]
+        problems += [f"{name}: not a setting here: {why}; unset it" for why in reasons]
+        near = difflib.get_close_matches(name, names, n=1, cutoff=0.88)
+        warnings += [f"{name} is not a setting; did you mean {known}?" for known in near]
+    return problems, warnings
 
 
 def knobs_from_env(
@@ -305,24 +319,7 @@ def knobs_from_env(
 
     `base` takes the preset's place: the settings of an artifact.
     """
-    kinds, given, problems, warnings = get_type_hints(Knobs), {}, [], []
-    names = {}
-    for field in dataclasses.fields(Knobs):
-        meta, name = field.metadata, field.name.upper()
-        names |= {name: field} | ({meta["alias"]: field} if meta["alias"] else {})
-        for source in (meta["alias"], name):
-            if source and env.get(source, "") != "":
-                try:
-                    given[field.name] = parse_value(kinds[field.name], meta, env[source])
-                except ValueError as error:
-                    problems.append(f"{source}={env[source]}: {error}")
-    for name in sorted(set(env) - set(names)):
-        for prefix, why in REMOVED:
-            if name.startswith(prefix):
-                problems.append(f"{name}: not a setting here: {why}; unset it")
-        near = difflib.get_close_matches(name, names, n=1, cutoff=0.88)
-        if near:
-            warnings.append(f"{name} is not a setting; did you mean {near[0]}?")
+    (given, problems), (unknown, warnings) = parse_env(env), check_names(env)
     preset = given.pop("preset", "auto")
     if preset == "auto":
         preset = "cpu" if guess_device(given.get("device", "auto")) == "cpu" else "mac"
@@ -334,7 +331,7 @@ def knobs_from_env(
     for mixer, names in MIXER_KNOBS.items():
         idle = [name for name in names if name in given and cfg.mixer != mixer]
         warnings += [f"{name.upper()} has no effect with MIXER={cfg.mixer}" for name in idle]
-    problems += check_together(cfg)
+    problems += unknown + check_together(cfg)
     if problems:
         raise UserError("\n".join(problems))
     return cfg, warnings
@@ -396,10 +393,8 @@ def help_text() -> str:
 
 def knob_markdown() -> str:
     """The README's table of knobs."""
-    lines, head = (
-        [],
-        ["", "| knob | default; presets that differ | meaning |", "| --- | --- | --- |"],
-    )
+    head = ["", "| knob | default; presets that differ | meaning |", "| --- | --- | --- |"]
+    lines = []
     for group, name, default, help in knob_rows():
         lines += ["", f"**{group}**", *head] if group else []
         lines.append(f"| `{name}` | {default} | {help} |")
