@@ -428,8 +428,6 @@ if __name__ == "__main__":
 # BLAS: MLX's Linux CPU wheel carries a reference BLAS, 20 to 70 times slower than OpenBLAS
 # ==================================================================================================
 
-OPENBLAS_COMMAND = "pip install scipy-openblas32"
-
 
 def keep_freed_memory() -> None:
     """Let glibc reuse large freed blocks: returning each to the system costs a page fault a 4 KB.
@@ -443,32 +441,25 @@ def keep_freed_memory() -> None:
         mallopt(-8, 1)  # M_ARENA_MAX: threads share one heap, which never shrinks
 
 
-def blas_candidates(choice: str) -> Iterator[tuple[str, str]]:
-    """(library, symbol prefix) to try: the knob's path, else the pip package, else the system's."""
-    if choice not in ("auto", ""):
-        yield choice, ""
-        yield choice, "scipy_"
-        return
-    spec = importlib.util.find_spec("scipy_openblas32")
-    if spec and spec.submodule_search_locations:
-        folder = Path(spec.submodule_search_locations[0]) / "lib"
-        for path in sorted(folder.glob("libscipy_openblas*.so*")):
-            yield str(path), "scipy_"
-    for name in ("libopenblas.so.0", "libopenblas.so"):
-        yield name, ""
-
-
 def open_blas(choice: str) -> dict[str, Any]:
-    """Open the first usable OpenBLAS; {} if there is none. Runs before MLX is imported."""
-    for path, prefix in blas_candidates(choice) if sys.platform == "linux" else ():
+    """Open the first usable OpenBLAS; {} if there is none. Runs before MLX is imported.
+
+    Tried: the knob's path, else the pip package's library and the system's.
+    """
+    paths: list[Any] = [choice]
+    if choice == "auto":
+        spec = importlib.util.find_spec("scipy_openblas32")
+        folder = Path(spec.origin).parent / "lib" if spec and spec.origin else Path("absent")
+        paths = [*sorted(folder.glob("*.so*")), "libopenblas.so.0", "libopenblas.so"]
+    for path, prefix in itertools.product(paths, ("scipy_", "")) if sys.platform == "linux" else ():
         try:
-            library = ctypes.CDLL(path)
+            library = ctypes.CDLL(str(path))
             functions = {n: getattr(library, prefix + n) for n in ("cblas_sgemm", "cblas_dgemm")}
             set_threads = getattr(library, prefix + "openblas_set_num_threads")
         except (OSError, AttributeError):
             continue
         addresses = {n: ctypes.cast(f, ctypes.c_void_p).value for n, f in functions.items()}
-        return {"path": path, "addresses": addresses, "set_threads": set_threads}
+        return {"path": str(path), "addresses": addresses, "set_threads": set_threads}
     return {}
 
 
@@ -493,9 +484,8 @@ def patch_imports(module: Path, addresses: dict[str, int]) -> int:
             (name_at,) = struct.unpack_from("<I", raw, symbols[4] + 24 * (info >> 32))
             start = strings[4] + name_at
             address = addresses.get(raw[start : raw.index(b"\0", start)].decode())
-            if not (address and base):
-                continue
-            if libc.mprotect(ctypes.c_void_p((base + slot) & -page), page, 3) == 0:  # read, write
+            at = ctypes.c_void_p((base + slot) & -page)
+            if address and base and libc.mprotect(at, page, 3) == 0:  # read, write
                 ctypes.c_uint64.from_address(base + slot).value = address
                 done += 1
     return done
@@ -503,16 +493,13 @@ def patch_imports(module: Path, addresses: dict[str, int]) -> int:
 
 def use_blas(blas: dict[str, Any]) -> str:
     """Make MLX call the opened BLAS; returns its name, or what its lack costs."""
-    if sys.platform != "linux":
-        return "Accelerate" if sys.platform == "darwin" else "MLX's own"
+    if sys.platform == "darwin":
+        return "Accelerate"
     module = Path(mx.__file__).resolve().parent / "lib" / "libmlx.so"
-    if (
-        blas
-        and module.is_file()
-        and patch_imports(module, blas["addresses"]) >= len(blas["addresses"])
-    ):
+    wanted = blas.get("addresses", {})
+    if wanted and module.is_file() and patch_imports(module, wanted) >= len(wanted):
         return blas["path"]
-    return f"MLX's own (matrix products are about 20 to 70 times slower: {OPENBLAS_COMMAND})"
+    return "MLX's own (20 to 70 times slower in matrix products: pip install scipy-openblas32)"
 
 
 def cpu_cores() -> int:
@@ -603,9 +590,7 @@ def open_shard(path: Path) -> Any:
         raise UserError(f"{path}: not a token shard (wrong header): make it with data/prepare.py")
     need, have = header_bytes + 2 * int(header[2]), path.stat().st_size
     if need != have:
-        raise UserError(
-            f"{path}: {have} bytes, but its header says {need}: cut short? Make it anew"
-        )
+        raise UserError(f"{path}: {have} bytes, not {need} as its header says: make it anew")
     return np.memmap(path, dtype="<u2", mode="r", offset=header_bytes, shape=(int(header[2]),))
 
 
@@ -631,11 +616,11 @@ def locate_data(cfg: Knobs) -> tuple[Path, Path | None, str]:
     fineweb, stdlib = root / "fineweb10B_sp1024", root / "stdlib_sp1024"
     if cfg.data_path:
         folder, line = Path(cfg.data_path), "data"
-    elif list(fineweb.glob("*_val_*.bin")) and (cfg.eval_only or list(fineweb.glob("*_train_*"))):
+    elif fineweb.is_dir():
         folder, line = fineweb, "data: FineWeb"
     else:
         folder, line = stdlib, "data: text that Python carries (set DATA_PATH for another)"
-        if not list(stdlib.glob("*_val_*.bin")):
+        if not stdlib.is_dir():
             make_stdlib()
     if not folder.is_dir():
         raise UserError(f"DATA_PATH={folder}: no such folder")
@@ -660,10 +645,7 @@ def make_stdlib() -> None:
 
 def read_manifest(path: Path) -> dict[str, Any]:
     """What data/prepare.py wrote beside its shards; {} where there is none."""
-    try:
-        return dict(json.loads(path.read_text())) if path.is_file() else {}
-    except (ValueError, TypeError):
-        raise UserError(f"{path}: not a manifest: make the shards again or remove it") from None
+    return json.loads(path.read_text()) if path.is_file() else {}
 
 
 def tokenizer_beside(folder: Path) -> Path:
@@ -700,7 +682,7 @@ class TrainWindows:
         self.epoch, self.order = -1, np.zeros(0, np.int64)
 
     def window(self, index: int) -> Any:
-        """Window number `index` of the run: (seq_len + 1,) uint16."""
+        """Window number `index` of the run: (seq_len + 1,) int32."""
         epoch, at = divmod(index, self.windows)
         if epoch != self.epoch:
             rng = np.random.default_rng([self.seed, epoch])
@@ -711,14 +693,12 @@ class TrainWindows:
         slack = (len(self.shards[shard]) - 1) % self.seq_len
         start = first * self.seq_len + (epoch * 7919) % (slack + 1)
         tokens = self.shards[shard][start : start + self.seq_len + 1]
-        if int(tokens.max()) >= self.vocab:
-            check_ids(tokens, self.vocab, self.paths[shard])
-        return tokens
+        return check_ids(tokens, self.vocab, self.paths[shard])
 
     def step(self, number: int, windows: int) -> Any:
         """The tokens of step `number`: (windows, seq_len + 1) int32."""
         first = number * windows
-        return np.stack([self.window(first + i) for i in range(windows)]).astype(np.int32)
+        return np.stack([self.window(first + i) for i in range(windows)])
 
 
 COUNTED_TOKENS = 100_000_000  # enough for bigrams, and two seconds of counting
@@ -759,14 +739,12 @@ def load_validation(paths: list[Path], tokens: Tokens, limit: int) -> tuple[Any,
 
     A limit cuts at the end of the last document that fits, so that no document is half scored.
     """
-    total = sum(len(open_shard(path)) for path in paths)
-    parts, left = [], limit or total
-    for path in paths:
-        shard = open_shard(path)[: left + 1]
-        parts.append(check_ids(shard, tokens.vocab, path))
-        left -= len(shard)
-        if left < 0:
-            break
+    shards = [open_shard(path) for path in paths]
+    total = sum(len(shard) for shard in shards)
+    parts, left = [], (limit or total) + 1  # one more, to see where the last document ends
+    for path, shard in zip(paths, shards, strict=True):
+        parts.append(check_ids(shard[:left], tokens.vocab, path))
+        left -= len(parts[-1])
     text = np.concatenate(parts)
     if limit and len(text) > limit:
         starts = np.flatnonzero(text[1 : limit + 1] == tokens.bos) + 1
