@@ -988,7 +988,7 @@ class Attention(nn.Module):
         super().__init__()
         d, self.heads, self.kv_heads = cfg.model_dim, cfg.num_heads, cfg.num_kv_heads
         self.head_dim, self.xsa = d // cfg.num_heads, xsa
-        self.rope_dims, self.rope_base = cfg.rope_dims or self.head_dim, cfg.rope_base
+        self.rope = nn.RoPE(cfg.rope_dims or self.head_dim, base=cfg.rope_base)
         kv = self.head_dim * self.kv_heads
         self.c_q = Linear(init_matrix(d, d, rng, cfg.use_ortho_init))
         self.c_k = Linear(init_matrix(kv, d, rng, cfg.use_ortho_init))
@@ -1003,14 +1003,10 @@ class Attention(nn.Module):
         def split(y: mx.array, heads: int) -> mx.array:
             return y.reshape(batch, length, heads, self.head_dim).transpose(0, 2, 1, 3)
 
-        def turn(y: mx.array) -> mx.array:
-            options = {"traditional": False, "base": self.rope_base, "scale": 1.0, "offset": 0}
-            return mx.fast.rope(rms_norm(y), self.rope_dims, **options)
-
         gain = mx.minimum(self.q_gain, SCORE_LIMIT / self.head_dim**0.5)
         gain = gain.astype(x.dtype)[:, None, None]
-        q = turn(split(self.c_q(x), self.heads)) * gain
-        k = turn(split(self.c_k(x), self.kv_heads))
+        q = self.rope(rms_norm(split(self.c_q(x), self.heads))) * gain
+        k = self.rope(rms_norm(split(self.c_k(x), self.kv_heads)))
         v = split(self.c_v(x), self.kv_heads)
         y = causal_attention(q, k, v, self.head_dim**-0.5)
         if self.xsa:
@@ -1358,14 +1354,13 @@ def apply_gradients(
     new, state, stacks, groups = {}, {}, {}, group_parameters(names)
     for name in names:
         group, p, g = groups[name], params[name], grads[name]
-        decay = getattr(cfg, group.decay) if group.decay else 0.0
-        lr = hyper["lr"] * getattr(cfg, group.lr)
         if group.optimizer == "muon":
             stacks.setdefault(p.shape, []).append(name)
             continue
-        moments = opt[f"m/{name}"], opt[f"v/{name}"]
-        new[name], *moments = adam(p, g, *moments, lr, hyper["step"], cfg, decay)
-        state |= {f"m/{name}": moments[0], f"v/{name}": moments[1]}
+        decay = getattr(cfg, group.decay) if group.decay else 0.0
+        lr, m, v = hyper["lr"] * getattr(cfg, group.lr), opt[f"m/{name}"], opt[f"v/{name}"]
+        new[name], m, v = adam(p, g, m, v, lr, hyper["step"], cfg, decay)
+        state |= {f"m/{name}": m, f"v/{name}": v}
     for same in stacks.values():
         p, g, b = (
             mx.stack([source[key + n] for n in same])
@@ -1535,13 +1530,14 @@ class Trainer:
     def _updates(
         self, params: Arrays, grads: Arrays, opt: Arrays, average: Arrays, hyper: Arrays
     ) -> tuple[Arrays, Arrays, Arrays]:
-        """Some parameters' (new values, optimizer state, average)."""
+        """(New values, optimizer state, average) of the parameters that have gradients here."""
         if self.cfg.grad_clip_norm:
             grads = {n: g * hyper["clip"] for n, g in grads.items()}
-        params, opt = apply_gradients(list(params), params, grads, opt, hyper, self.cfg)
+        new, opt = apply_gradients(list(grads), params, grads, opt, hyper, self.cfg)
         if not (self.cfg.ema_decay or self.cfg.use_swa):
-            return params, opt, params
-        return params, opt, {n: a + hyper["average"] * (params[n] - a) for n, a in average.items()}
+            return new, opt, new
+        rate = hyper["average"]
+        return new, opt, {n: average[n] + rate * (new[n] - average[n]) for n in new}
 
     def step_gradients(self, step: int, qat: bool) -> tuple[float, list[tuple[Arrays, mx.array]]]:
         """Step number `step`'s (plain loss, [(gradients, their squared norm)] of each share)."""
@@ -1569,11 +1565,7 @@ class Trainer:
             "average": averaging_weight(averaged, cfg),
         }  # fmt: skip
         hyper = {n: mx.array(v) for n, v in hyper.items()}
-        jobs = []
-        for grads, _ in summed:
-            params, average = ({n: source[n] for n in grads} for source in (old[0], old[2]))
-            opt = {k: a for k, a in self.opt.items() if k.partition("/")[2] in grads}
-            jobs.append((params, grads, opt, average, hyper))
+        jobs = [(self.params, grads, self.opt, self.average, hyper) for grads, _ in summed]
         shares = self.workers.map(self.updates, jobs)
         mx.eval(shares)
         new = [functools.reduce(operator.or_, kind) for kind in zip(*shares, strict=True)]
@@ -2645,8 +2637,6 @@ def unpack_tensors(rows: list, raw: bytes) -> Arrays:
         else:
             out[name] = mx.array(np.frombuffer(raw, "<f4", size, at).reshape(shape))
             at += 4 * size
-    if at != len(raw):
-        raise ValueError(f"{len(raw) - at} bytes too many")
     return out
 
 
@@ -2659,25 +2649,20 @@ LOCAL_KNOBS = {"run_id", "out_dir", "eval_only", "data_path", "tokenizer_path", 
                "workers", "device", "compute_dtype", "checkpoint_every"}  # fmt: skip
 
 
-def compress_model(
+def model_bytes(
     params: Arrays, groups: dict[str, Group], cfg: Knobs, tokens: Tokens, packed: Packed | None
-) -> tuple[int, bytes, dict[str, int]]:
-    """(number of the best compressor, compressed model, bytes of each tensor before)."""
+) -> bytes:
+    """The model before compression: JSON header, byte table, the mixer's tree, tensors."""
     rows, blobs = pack_tensors(params, groups, cfg)
     knobs = {k: v for k, v in dataclasses.asdict(cfg).items() if k not in LOCAL_KNOBS}
     header = {"knobs": knobs, "tensors": rows, "packed_tokens": packed.tokens if packed else -1}
-    header["tokenizer"] = {
-        k: getattr(tokens, k) for k in ("sha256", "bos", "vocab", "dummy_prefix")
-    }
-    flags = (tokens.leading + 2 * tokens.control).astype(np.uint8).tobytes()
-    table = tokens.piece_bytes.astype("<u2").tobytes() + flags
-    if packed:
-        table += packed.leaf.astype("<u2").tobytes()
+    facts = ("sha256", "bos", "vocab", "dummy_prefix")
+    header["tokenizer"] = {name: getattr(tokens, name) for name in facts}
     text = json.dumps(header).encode()
-    raw = struct.pack("<I", len(text)) + text + table + b"".join(blobs)
-    results = [compress(raw) for _, compress, _ in compressors()]
-    best = min(range(len(results)), key=lambda i: len(results[i]))
-    return best, results[best], {r[0]: len(blob) for r, blob in zip(rows, blobs, strict=True)}
+    flags = (tokens.leading + 2 * tokens.control).astype(np.uint8)
+    tables = [tokens.piece_bytes.astype("<u2"), flags]
+    tables += [packed.leaf.astype("<u2")] if packed else []
+    return b"".join([struct.pack("<I", len(text)), text, *(a.tobytes() for a in tables), *blobs])
 
 
 def write_artifact(
@@ -2685,48 +2670,48 @@ def write_artifact(
     packed: Packed | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Write the compressed model, then the packed text; returns the export event."""
-    best, model, sizes = compress_model(params, groups, cfg, tokens, packed)
+    raw = model_bytes(params, groups, cfg, tokens, packed)
+    results = [compress(raw) for _, compress, _ in compressors()]
+    best, model = min(enumerate(results), key=lambda result: len(result[1]))
     body = model + (packed.code if packed else b"")
     digest = checksum(FORMAT_VERSION, best, len(model), body)
     part = path.with_suffix(".part")
     part.write_bytes(PREFIX.pack(MAGIC, FORMAT_VERSION, best, digest, len(model)) + body)
     part.replace(path)
-    return export_event(path, compressors()[best][0], sizes)
+    return {**export_event(path, params, packed), "compressor": compressors()[best][0]}
 
 
-def export_event(path: Path, compressor: str, sizes: dict[str, int]) -> dict[str, Any]:
-    """Sizes on disk, in bytes. Raises RunFailed over the limit, naming the largest tensors."""
+def export_event(path: Path, params: Arrays, packed: Packed | None) -> dict[str, Any]:
+    """Sizes on disk, in bytes. Raises RunFailed over the limit."""
     code, model = Path(__file__).stat().st_size, path.stat().st_size
-    check_size(code + model, sizes, "the artifact")
+    check_size(code + model, params, "the artifact")
+    text, count = (len(packed.code), packed.tokens) if packed else (0, 0)
     return {
         "event": "export", "code_bytes": code, "model_bytes": model, "total_bytes": code + model,
-        "limit_bytes": ARTIFACT_LIMIT_BYTES, "compressor": compressor,
+        "limit_bytes": ARTIFACT_LIMIT_BYTES, "packed_bytes": text, "packed_tokens": count,
     }  # fmt: skip
 
 
-def check_size(total: int, sizes: dict[str, float], what: str) -> None:
-    """Raises RunFailed if `total` bytes are over the limit."""
+def check_size(total: int, params: Arrays, what: str) -> None:
+    """Raises RunFailed, naming the largest tensors, if `total` bytes are over the limit."""
     if total > ARTIFACT_LIMIT_BYTES:
-        largest = sorted(sizes, key=lambda n: -sizes[n])[:4]
+        largest = sorted(params, key=lambda n: -params[n].size)[:4]
         raise RunFailed(
             f"{what} has {total:,} bytes, {total - ARTIFACT_LIMIT_BYTES:,} over the limit of "
-            f"{ARTIFACT_LIMIT_BYTES:,}; largest tensors before compression: "
-            + ", ".join(f"{n} {sizes[n]:,.0f}" for n in largest)
+            f"{ARTIFACT_LIMIT_BYTES:,}; most parameters: "
+            + ", ".join(f"{n} {params[n].size:,}" for n in largest)
             + ". Lower NUM_LAYERS, MODEL_DIM, MLP_MULT, ENGRAM_HASH_SIZE or WEIGHT_BITS"
         )
 
 
 def estimate_bytes(params: Arrays, groups: dict[str, Group], cfg: Knobs) -> int:
     """Bytes of script + artifact if every tensor were Gaussian noise; RunFailed over the limit."""
-
-    def size(name: str, p: mx.array) -> float:
+    size = Path(__file__).stat().st_size
+    for name, p in params.items():
         bits = groups[name].bits
-        return p.size * NOISE_BYTES[getattr(cfg, bits)] + 2 * p.shape[0] if bits else 4 * p.size
-
-    sizes = {name: size(name, p) for name, p in params.items()}
-    total = int(sum(sizes.values())) + Path(__file__).stat().st_size
-    check_size(total, sizes, "by estimate, the artifact")
-    return total
+        size += p.size * NOISE_BYTES[getattr(cfg, bits)] + 2 * p.shape[0] if bits else 4 * p.size
+    check_size(int(size), params, "by estimate, the artifact")
+    return int(size)
 
 
 @dataclass(frozen=True)
@@ -3226,14 +3211,14 @@ class Report:
     def __init__(self, cfg: Knobs) -> None:
         name = cfg.run_id or time.strftime("%Y%m%d-%H%M%S") + f"-{cfg.seed}-{os.getpid()}"
         self.folder, self.iterations = Path(cfg.out_dir) / name, cfg.iterations
-        if self.folder.exists() and not cfg.resume:
-            raise UserError(f"RUN_ID={name}: {self.folder} exists and is never overwritten: "
-                            "choose another RUN_ID, or go on with RESUME=1")  # fmt: skip
         self.checkpoint = self.folder / "checkpoint" / "state.safetensors"
         if cfg.resume and not self.checkpoint.is_file():
             raise UserError(f"RESUME=1: there is no {self.checkpoint}: unset RESUME")
         try:
             self.folder.mkdir(parents=True, exist_ok=cfg.resume)
+        except FileExistsError:
+            raise UserError(f"RUN_ID={name}: {self.folder} exists and is never overwritten: "
+                            "choose another RUN_ID, or go on with RESUME=1") from None  # fmt: skip
         except OSError as error:
             raise UserError(f"OUT_DIR={cfg.out_dir}: {error.strerror}") from None
         if not cfg.resume:
@@ -3255,23 +3240,16 @@ class Report:
 
 
 def show_progress(label: str, every_s: float = 10.0) -> Progress:
-    """Shows a running BPB: a bar on terminals, a line every few seconds elsewhere."""
-    from tqdm import tqdm
-
-    begin = last = time.perf_counter()
-    bar = tqdm(desc=label, unit="tok", unit_scale=True, leave=False, disable=None)
+    """Shows a running BPB: a line every few seconds, the first one soon."""
+    begin = time.perf_counter()
+    due = begin + 1
 
     def show(done: int, total: int, bpb: float) -> None:
-        nonlocal last
-        bar.total = total
-        bar.set_postfix_str(f"bpb {bpb:.4f}", refresh=False)
-        bar.update(done - bar.n)
+        nonlocal due
         now = time.perf_counter()
-        if bar.disable and (now - last > every_s or (last == begin and now - begin > 1)):
-            last, left = now, (now - begin) * (total - done) / done
+        if now > due:
+            due, left = now + every_s, (now - begin) * (total - done) / done
             print(f"{label}: {done}/{total} tokens, bpb {bpb:.4f}, {left:.0f} s left", flush=True)
-        if done == total:
-            bar.close()
 
     return show
 
@@ -3422,34 +3400,34 @@ def train_and_export(
                         "unset VOCAB_SIZE or choose the other tokenizer")  # fmt: skip
     data = TrainWindows(find_shards(folder, "train"), cfg.train_seq_len, cfg.seed, tokens.vocab)
     model = GPT(cfg, tokens.vocab, tokens.bos)
-    paths = find_shards(folder, "val")
-    validation = Validation(cfg, model, tokens, paths, workers)
+    validation = Validation(cfg, model, tokens, find_shards(folder, "val"), workers)
     trainer = Trainer(model, cfg, data, report, workers)
     for line in describe_training(trainer, validation):
         report.line(line)
     if cfg.resume:
         trainer.load()
     trainer.warm_up()
-    packer = new_packer(trainer, tokens)
+    packer, packed, seconds = new_packer(trainer, tokens), None, 0.0
     if packer:
         packer.start(trainer.elapsed_s)
     train(trainer, validation)
-    packed = packer.finish() if packer else None
     if packer:
+        packed, seconds = packer.finish(), packer.seconds
         report.line(f"packed {packed.tokens:,} tokens of training text into {len(packed.code):,} "
-                    f"bytes in {packer.seconds:.0f} s")  # fmt: skip
+                    f"bytes in {seconds:.0f} s")  # fmt: skip
     validation.during_training(trainer)
     meta = {"knobs": json.dumps(dataclasses.asdict(cfg)), "tokenizer_sha256": tokens.sha256}
     mx.save_safetensors(str(report.folder / "model.safetensors"), trainer.average, meta)
     path = report.folder / "artifact.bin"
     export = write_artifact(path, trainer.average, trainer.groups, cfg, tokens, packed)
-    export |= {"packed_bytes": len(packed.code) if packed else 0,
-               "packed_tokens": packed.tokens if packed else 0,
-               "pack_seconds": packer.seconds if packer else 0.0}  # fmt: skip
-    report.event({**export, "tokenizer_bytes": tokenizer.stat().st_size}, EXPORT_LINE)
-    trained = trainer.step * trainer.windows * cfg.train_seq_len
+    export |= {"pack_seconds": seconds, "tokenizer_bytes": tokenizer.stat().st_size}
+    report.event(export, EXPORT_LINE)
+    trained, seconds = (
+        trainer.step * trainer.windows * cfg.train_seq_len,
+        max(trainer.elapsed_s, seconds),
+    )
     made = {**export, "train_steps": trainer.step, "train_tokens": trained,
-            "train_seconds": max(trainer.elapsed_s, export["pack_seconds"])}  # fmt: skip
+            "train_seconds": seconds, "tok_s": trained / max(seconds, 1e-9)}  # fmt: skip
     return made, packer.mixer if packer else None
 
 
@@ -3476,24 +3454,19 @@ class Evaluation:
 
     def __post_init__(self) -> None:
         cfg, path = self.cfg, self.path
-        self.artifact = artifact = read_artifact(path)
-        made_with = Knobs(**artifact.header["knobs"])
+        self.artifact = read_artifact(path)
+        made_with, tokens = Knobs(**self.artifact.header["knobs"]), self.artifact.tokens
         fields = [field.name for field in dataclasses.fields(Knobs)]
         fixed = fields[fields.index("num_layers") : fields.index("tied_embed_lr")]
-        for name in [*fixed, *(["mixer_memory_mb"] if cfg.mixer == "logistic" else [])]:
-            if getattr(made_with, name) != getattr(cfg, name):
-                raise UserError(f"{name.upper()}={getattr(cfg, name)}: {path} has "
-                                f"{getattr(made_with, name)}: unset it")  # fmt: skip
-        if cfg.mixer == "logistic" and not artifact.packed:
+        fixed += ["mixer_memory_mb"] if cfg.mixer == "logistic" else []
+        for name in fixed:
+            ours, its = getattr(cfg, name), getattr(made_with, name)
+            if ours != its:
+                raise UserError(f"{name.upper()}={ours}: {path} has {its}: unset it")
+        if cfg.mixer == "logistic" and not self.artifact.packed:
             raise UserError(f"MIXER=logistic: {path} was made with MIXER={made_with.mixer}")
-        tokens, params = artifact.tokens, artifact.params
         self.model = GPT(dataclasses.replace(cfg, use_ortho_init=False), tokens.vocab, tokens.bos)
-        shapes = {n: a.shape for n, a in tree_flatten(self.model.parameters())}
-        if shapes != {n: a.shape for n, a in params.items()}:
-            raise UserError(
-                f"{path}: its tensors do not fit its settings: made by another version?"
-            )
-        self.model.update(tree_unflatten(list(params.items())))
+        self.model.load_weights(list(self.artifact.params.items()))  # checks names and shapes
         paths = find_shards(self.folder, "val")
         self.validation = Validation(cfg, self.model, tokens, paths, self.workers)
 
@@ -3544,22 +3517,20 @@ class Evaluation:
             params, batch = self.artifact.params, cfg.eval_batch_seqs
             result = validation.run(params, mode, batch, scorer, scored)
             evals.append({**result, "mixer": cfg.mixer, "prime_seconds": prime_seconds})
-        check_size(Path(__file__).stat().st_size + self.path.stat().st_size, {}, "the artifact")
         return {"evals": evals, "audit": "pass" if cfg.audit else "off", "lines": lines}
 
 
 def evaluate_here(channel: Any, cfg: Knobs, path: Path, folder: Path, tokenizer: Any) -> None:
     """The evaluating process: it gets paths and a message, and sends its result or its error."""
-    try:
-        use_device(cfg)
-        with make_workers(cfg) as workers:
-            result = Evaluation(cfg, path, folder, workers).run(channel.recv, tokenizer)
-            channel.send({**result, "peak_memory_bytes": peak_memory()})
-    except (UserError, EOFError) as error:
-        with contextlib.suppress(OSError):  # the other side may have failed first
+    # The other side may be interrupted or fail first: then it says why.
+    with contextlib.suppress(KeyboardInterrupt, EOFError, ConnectionError):
+        try:
+            use_device(cfg)
+            with make_workers(cfg) as workers:
+                result = Evaluation(cfg, path, folder, workers).run(channel.recv, tokenizer)
+                channel.send({**result, "peak_memory_bytes": peak_memory()})
+        except UserError as error:
             channel.send(error)
-    except KeyboardInterrupt:
-        pass
 
 
 def evaluate(
@@ -3576,16 +3547,13 @@ def evaluate(
         message = Evaluation(cfg, path, folder, workers).message(mixer)
         if mixer:
             mixer.state = None  # gigabytes that the other process may need
-        with contextlib.suppress(OSError):  # it may have failed: then it has said why
+        with contextlib.suppress(ConnectionError):  # it may have failed: then it has said why
             here.send(message)
         result = here.recv()
-    except (EOFError, OSError):
+    except (EOFError, ConnectionError):
         raise RunFailed("the evaluating process ended without a result (out of memory?)") from None
-    except BaseException:
-        process.terminate()
-        raise
     finally:
-        here.close()
+        process.terminate()  # it has nothing left to say
         process.join()
     if isinstance(result, Exception):
         raise result
@@ -3604,33 +3572,31 @@ def use_device(cfg: Knobs) -> None:
 def main(cfg: Knobs, warnings: list[str]) -> None:
     """Train, export, reload, score; or with EVAL_ONLY the last two."""
     use_device(cfg)
-    artifact = Path(cfg.eval_only)
     if cfg.eval_only:
-        base = read_artifact(artifact).header["knobs"]
-        cfg, warnings = knobs_from_env(dict(os.environ), base=base)
+        artifact = read_artifact(Path(cfg.eval_only))
+        cfg, warnings = knobs_from_env(dict(os.environ), base=artifact.header["knobs"])
     folder, tokenizer, where = locate_data(cfg)
     report = Report(cfg)
+    if on_cpu() and not MLX_COMPILES:
+        warnings = [*warnings, "no g++: MLX's CPU kernels run uncompiled, which is slower"]
+    for line in [*(f"warning: {w}" for w in warnings), where]:
+        report.line(line)
     with make_workers(cfg) as workers:
         machine = describe_machine(cfg, workers)
-        if on_cpu() and not MLX_COMPILES:
-            warnings = [*warnings, "no g++: MLX's CPU kernels run uncompiled, which is slower"]
-        for line in [*(f"warning: {w}" for w in warnings), where]:
-            report.line(line)
         report.event({"event": "config", **dataclasses.asdict(cfg), **machine}, *CONFIG_LINES)
-        mixer = None
         if cfg.eval_only:
-            made = {**export_event(artifact, "", {}), "train_steps": 0, "train_tokens": 0,
-                    "train_seconds": 0.0}  # fmt: skip
+            path, mixer = Path(cfg.eval_only), None
+            made = export_event(path, artifact.params, artifact.packed)
+            made |= dict.fromkeys(("train_steps", "train_tokens", "train_seconds", "tok_s"), 0)
         else:
+            path = report.folder / "artifact.bin"
             made, mixer = train_and_export(cfg, folder, tokenizer, report, workers)
-            artifact = report.folder / "artifact.bin"
-        facts = {"device": machine["machine"], "mlx_version": mx.__version__,
-                 "tok_s": made["train_tokens"] / max(made["train_seconds"], 1e-9)}  # fmt: skip
+        final = {**made, "event": "final", "device": machine["machine"],
+                 "mlx_version": mx.__version__}  # fmt: skip
         try:
-            result = evaluate(cfg, artifact, folder, workers, mixer, tokenizer)
+            result = evaluate(cfg, path, folder, workers, mixer, tokenizer)
         except AuditFailed as error:
-            failed = {"event": "final", "audit": "fail", "audit_failure": str(error)}
-            report.event({**made, **facts, **failed})
+            report.event({**final, "audit": "fail", "audit_failure": str(error)})
             report.line(str(error))
             raise
     for line in result["lines"]:
@@ -3638,11 +3604,10 @@ def main(cfg: Knobs, warnings: list[str]) -> None:
     report.event({"event": "audit", "audit": result["audit"], "lines": result["lines"]})
     for event in result["evals"]:
         report.event({"event": "eval", **event}, *ROUNDTRIP_LINES)
-    last = result["evals"][-1]
     seconds = sum(e["eval_time_ms"] / 1000 + e["prime_seconds"] for e in result["evals"])
-    final = {**made, **last, **facts, "event": "final", "eval_seconds": seconds,
-             "peak_memory_bytes": max(peak_memory(), result["peak_memory_bytes"]),
-             "audit": result["audit"]}  # fmt: skip
+    memory = max(peak_memory(), result["peak_memory_bytes"])
+    final |= {**result["evals"][-1], "eval_seconds": seconds, "peak_memory_bytes": memory,
+              "audit": result["audit"]}  # fmt: skip
     report.event(final, FINAL_LINE)
     report.line(f"everything is in {report.folder}")
 
