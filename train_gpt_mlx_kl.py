@@ -67,7 +67,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn, get_type_hints
+from typing import Any, NamedTuple, get_type_hints
 
 # ==================================================================================================
 # KNOBS: every setting is an environment variable with the upper-case name of its field
@@ -366,63 +366,56 @@ def eval_length(cfg: Knobs) -> int:
     return cfg.eval_seq_len or cfg.train_seq_len
 
 
-def knob_rows() -> Iterator[tuple[str, str, str, str]]:
-    """(title of a group or '', NAME, default; presets that differ, help) for help and README."""
+def knob_table(title: str, row: str) -> str:
+    """All knobs, in the formats of a group's title and of a knob's row."""
 
     def show(value: Any) -> str:
         return str(int(value) if isinstance(value, bool) else value) or "empty"
 
-    presets = {name: preset_values(name) for name in PRESETS}
+    presets, lines = {name: preset_values(name) for name in PRESETS}, []
     for field in dataclasses.fields(Knobs):
         name, meta = field.name, field.metadata
         differ = [f"{p} {show(values[name])}" for p, values in presets.items() if name in values]
         help = meta["help"] + (f" ({', '.join(meta['choices'])})" if meta["choices"] else "")
         help += f" [alias {meta['alias']}]" if meta["alias"] else ""
         default = "; ".join([show(field.default), *differ])
-        yield GROUP_TITLES.get(name, ""), name.upper(), default, help
+        lines += [title.format(GROUP_TITLES[name])] if name in GROUP_TITLES else []
+        lines.append(row.format(name=name.upper(), default=default, help=help))
+    return "\n".join(lines)
 
 
 def help_text() -> str:
     """The text of `--help`."""
-    lines = [__doc__.split("\n\n")[0], "", "usage: [NAME=value ...] python train_gpt_mlx_kl.py"]
-    for group, name, default, help in knob_rows():
-        lines += ["", group] if group else []
-        lines.append(f"  {name:<28} {help} [{default}]")
-    return "\n".join(lines)
+    usage = "usage: [NAME=value ...] python train_gpt_mlx_kl.py"
+    table = knob_table("\n{}", "  {name:<28} {help} [{default}]")
+    return "\n".join([__doc__.split("\n\n")[0], "", usage, table])
 
 
 def knob_markdown() -> str:
     """The README's table of knobs."""
-    head = ["", "| knob | default; presets that differ | meaning |", "| --- | --- | --- |"]
-    lines = []
-    for group, name, default, help in knob_rows():
-        lines += ["", f"**{group}**", *head] if group else []
-        lines.append(f"| `{name}` | {default} | {help} |")
-    return "\n".join(lines).strip() + "\n"
+    head = "| knob | default; presets that differ | meaning |\n| --- | --- | --- |"
+    return knob_table(f"\n**{{}}**\n\n{head}", "| `{name}` | {default} | {help} |").strip() + "\n"
 
 
-def exit_with(error: UserError) -> NoReturn:
-    """Print a user's mistake, a line each, and end with its status."""
-    for line in str(error).splitlines():
-        print(f"error: {line}", file=sys.stderr)
-    raise SystemExit(error.status)
+@contextlib.contextmanager
+def errors_as_lines() -> Iterator[None]:
+    """Print a user's mistake or interrupt, a line each, and end with its status."""
+    try:
+        yield
+    except (UserError, KeyboardInterrupt) as error:
+        for line in (str(error) or "interrupted").splitlines():
+            print(f"error: {line}", file=sys.stderr)
+        raise SystemExit(getattr(error, "status", 1)) from None
 
 
-def knobs_or_exit(argv: list[str], env: dict[str, str]) -> tuple[Knobs, list[str]]:
-    """Handle `--help` and bad settings before anything heavy is loaded."""
-    if set(argv) & {"-h", "--help"}:
+if __name__ == "__main__":  # help and bad settings come before anything heavy is loaded
+    if {"-h", "--help"} & set(sys.argv):
         print(help_text())
         raise SystemExit(0)
-    try:
-        if argv:
-            raise UserError(f"{argv[0]}: settings are environment variables; see --help")
-        return knobs_from_env(env)
-    except UserError as error:
-        exit_with(error)
-
-
-if __name__ == "__main__":
-    CFG, CFG_WARNINGS = knobs_or_exit(sys.argv[1:], dict(os.environ))
+    with errors_as_lines():
+        if sys.argv[1:]:
+            raise UserError(f"{sys.argv[1]}: settings are environment variables; see --help")
+        CFG, CFG_WARNINGS = knobs_from_env(dict(os.environ))
 
 # ==================================================================================================
 # BLAS: MLX's Linux CPU wheel carries a reference BLAS, 20 to 70 times slower than OpenBLAS
@@ -739,12 +732,12 @@ def load_validation(paths: list[Path], tokens: Tokens, limit: int) -> tuple[Any,
 
     A limit cuts at the end of the last document that fits, so that no document is half scored.
     """
-    shards = [open_shard(path) for path in paths]
-    total = sum(len(shard) for shard in shards)
-    parts, left = [], (limit or total) + 1  # one more, to see where the last document ends
-    for path, shard in zip(paths, shards, strict=True):
-        parts.append(check_ids(shard[:left], tokens.vocab, path))
-        left -= len(parts[-1])
+    total = sum(len(open_shard(path)) for path in paths)
+    parts, left = [], limit or total
+    for path in paths:
+        shard = open_shard(path)[: left + 1]
+        parts.append(check_ids(shard, tokens.vocab, path))
+        left -= len(shard)
     text = np.concatenate(parts)
     if limit and len(text) > limit:
         starts = np.flatnonzero(text[1 : limit + 1] == tokens.bos) + 1
@@ -1430,7 +1423,7 @@ def make_workers(cfg: Knobs) -> Workers:
 
 def remaining_steps(step: int, elapsed_s: float, cfg: Knobs) -> float:
     """Steps left, by the count or by the clock at the mean step time so far."""
-    left = float(cfg.iterations - step) if cfg.iterations else math.inf
+    left = (cfg.iterations or math.inf) - step
     if cfg.max_wallclock_seconds and step:
         left = min(left, (cfg.max_wallclock_seconds - elapsed_s) * step / elapsed_s)
     return max(left, 0.0)
@@ -1438,9 +1431,9 @@ def remaining_steps(step: int, elapsed_s: float, cfg: Knobs) -> float:
 
 def progress(step: int, elapsed_s: float, cfg: Knobs) -> float:
     """How much of the run is done, 0 .. 1: of the steps or of the clock, whichever ends first."""
-    by_step = step / cfg.iterations if cfg.iterations else 0.0
-    clock = cfg.max_wallclock_seconds
-    return min(max(by_step, elapsed_s / clock if clock else 0.0), 1.0)
+    by_step = step / (cfg.iterations or math.inf)
+    by_clock = elapsed_s / (cfg.max_wallclock_seconds or math.inf)
+    return min(max(by_step, by_clock), 1.0)
 
 
 def lr_factor(step: int, elapsed_s: float, cfg: Knobs) -> float:
@@ -3613,9 +3606,5 @@ def main(cfg: Knobs, warnings: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    try:
+    with errors_as_lines():
         main(CFG, CFG_WARNINGS)
-    except UserError as error:
-        exit_with(error)
-    except KeyboardInterrupt:
-        exit_with(RunFailed("interrupted"))
