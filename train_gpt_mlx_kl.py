@@ -74,6 +74,7 @@ from typing import Any, NamedTuple, get_type_hints
 # ==================================================================================================
 
 ARTIFACT_LIMIT_BYTES = 16_000_000
+Event = dict[str, Any]  # what happened: a line of metrics.jsonl
 
 
 class UserError(Exception):
@@ -97,9 +98,9 @@ class RunFailed(UserError):
     status = 1
 
 
-def knob(default: Any, help: str, lo=0, hi=1e18, choices=(), alias="") -> Any:
+def knob(default: Any, help: str, lo=0, hi=1e18, choices="", alias="") -> Any:
     """One row of the table; `alias` is an older public name."""
-    meta = {"help": help, "lo": lo, "hi": hi, "choices": choices, "alias": alias}
+    meta = {"help": help, "lo": lo, "hi": hi, "choices": choices.split(), "alias": alias}
     return dataclasses.field(default=default, metadata=meta)
 
 
@@ -110,7 +111,7 @@ class Knobs:
     preset: str = knob(
         "auto",
         "settings for what the environment leaves unset; auto: cpu on a CPU, else mac",
-        choices=("auto", "cpu", "mac", "h100", "baseline"),
+        choices="auto cpu mac h100 baseline",
     )
     run_id: str = knob("", "name of the run's folder; empty: the date, the time and the seed")
     out_dir: str = knob("logs", "folder that holds the runs' folders")
@@ -118,11 +119,11 @@ class Knobs:
     eval_only: str = knob("", "path of an artifact: score it, train nothing")
     resume: bool = knob(False, "go on from OUT_DIR/RUN_ID/checkpoint")
     checkpoint_every: int = knob(0, "steps between checkpoints; 0: when a run is cut short")
-    device: str = knob("auto", "where MLX computes", choices=("auto", "cpu", "gpu"))
+    device: str = knob("auto", "where MLX computes", choices="auto cpu gpu")
     compute_dtype: str = knob(
         "auto",
         "dtype of the forward pass; auto: float32 on CPUs, bfloat16 on GPUs (weights: float32)",
-        choices=("auto", "float32", "bfloat16"),
+        choices="auto float32 bfloat16",
     )
     blas: str = knob("auto", "Linux CPUs: path of an OpenBLAS, `auto`, or `none` for MLX's own")
     workers: int = knob(0, "CPU streams that share a step; 0: one a core", hi=256)
@@ -192,25 +193,21 @@ class Knobs:
     use_gptq_lite: bool = knob(True, "search each row's clip for the least squared error")
     late_qat_threshold: float = knob(0.0, "train quantised below this LR factor", hi=1)
 
-    mixer: str = knob(
-        "logistic", "context models at evaluation", choices=("logistic", "backoff", "off")
-    )
+    mixer: str = knob("logistic", "context models at evaluation", choices="logistic backoff off")
     ngram_mixer_enabled: bool = knob(True, "0 is the same as MIXER=off")
     mixer_memory_mb: int = knob(2100, "logistic: MiB of tables", lo=1, hi=1 << 20)
-    pack_text_bytes: int = knob(
-        -1, "logistic: artifact bytes for training text; -1: what script and net leave", lo=-1
-    )
+    pack_text_bytes: int = knob(-1, "logistic: bytes of training text; -1: all that is left", lo=-1)
     ngram_max_order: int = knob(4, "backoff: tokens of the longest context", lo=1, hi=8)
     ngram_alpha: str = knob("0.25", "backoff: the n-gram model's weight, or `auto`: learned")
     ngram_smoothing: str = knob(
-        "kneser-ney", "backoff: smoothing", choices=("kneser-ney", "witten-bell", "laplace")
+        "kneser-ney", "backoff: smoothing", choices="kneser-ney witten-bell laplace"
     )
     audit: bool = knob(True, "prove the score: causal, normalised, decodable")
 
     val_loss_every: int = knob(0, "steps between validations while training; 0: none")
     val_batch_size: int = knob(16_384, "tokens a batch of those validations", lo=1)
     val_max_tokens: int = knob(0, "score up to the last document's end in these; 0: all")
-    eval_mode: str = knob("sliding", "the final score", choices=("standard", "sliding", "both"))
+    eval_mode: str = knob("sliding", "the final score", choices="standard sliding both")
     eval_seq_len: int = knob(0, "tokens a window; 0: TRAIN_SEQ_LEN")
     eval_stride: int = knob(64, "tokens a sliding window advances, at most", lo=1)
     eval_batch_seqs: int = knob(16, "windows a batch", lo=1)
@@ -257,7 +254,7 @@ REMOVED = (
 
 def parse_value(kind: type, meta: dict[str, Any], text: str) -> Any:
     """Text of an environment variable -> value; ValueError says what would be right."""
-    choices = ("0", "1") if kind is bool else meta["choices"]
+    choices = ["0", "1"] if kind is bool else meta["choices"]
     if choices and text not in choices:
         raise ValueError("must be one of " + ", ".join(choices))
     if kind in (bool, str):
@@ -511,6 +508,7 @@ from mlx.utils import tree_flatten, tree_unflatten  # noqa: E402
 from numba import njit  # noqa: E402
 
 BLAS_NAME = use_blas(BLAS)
+Array, Arrays = mx.array, dict[str, mx.array]
 
 # ==================================================================================================
 # DATA: tokenizer facts, shards, shuffled training windows, bigram counts
@@ -560,11 +558,9 @@ def load_tokenizer(path: Path) -> Tokens:
         model = sentencepiece.SentencePieceProcessor(model_file=str(path))
     except (OSError, RuntimeError) as error:
         raise UserError(f"TOKENIZER_PATH={path}: no SentencePiece model ({error})") from None
-    n = model.vocab_size()
-    pieces = [model.id_to_piece(i) for i in range(n)]
-    control = np.array(
-        [model.is_control(i) or model.is_unknown(i) or model.is_unused(i) for i in range(n)]
-    )
+    ids = list(range(model.vocab_size()))
+    pieces = model.id_to_piece(ids)
+    control = np.any([model.is_control(ids), model.is_unknown(ids), model.is_unused(ids)], axis=0)
     size = [
         0 if control[i] else 1 if model.is_byte(i) else len(p.replace("\u2581", " ").encode())
         for i, p in enumerate(pieces)
@@ -752,7 +748,7 @@ def load_validation(paths: list[Path], tokens: Tokens, limit: int) -> tuple[Any,
 # ==================================================================================================
 
 
-def document_context(x: mx.array, bos: int, depth: int) -> list[mx.array]:
+def document_context(x: Array, bos: int, depth: int) -> list[Array]:
     """The inputs at distance 0 .. depth-1 before each position: depth arrays (B, T) int32.
 
     What lies before the document's BOS, or before the window, reads as BOS.
@@ -766,7 +762,7 @@ def document_context(x: mx.array, bos: int, depth: int) -> list[mx.array]:
     return context
 
 
-def hash_context(tokens: list[mx.array], size: int, order: int, head: int) -> mx.array:
+def hash_context(tokens: list[Array], size: int, order: int, head: int) -> Array:
     """Row of a hash table for each context. len(tokens) arrays (B, T) -> (B, T) uint32 < size.
 
     uint32 multiply-xor-shift; each (order, head) has its own odd multiplier, so that heads collide
@@ -797,14 +793,14 @@ def on_cpu() -> bool:
 
 # Two stages each: MLX fuses at most 11 operations in a row, and a cut elsewhere costs a copy.
 @compiled
-def half_exp_root(x: mx.array) -> mx.array:
+def half_exp_root(x: Array) -> Array:
     """exp(x / 256) / 2, by its Taylor series."""
     y = x * (1 / 256)
     return 0.5 + y * (0.5 + y * (1 / 4 + y * (1 / 12 + y * (1 / 48 + y * (1 / 240)))))
 
 
 @compiled
-def power_256(half: mx.array) -> mx.array:
+def power_256(half: Array) -> Array:
     """(2 * max(half, 0)) ** 256."""
     p = half + mx.abs(half)
     for _ in range(8):
@@ -812,26 +808,26 @@ def power_256(half: mx.array) -> mx.array:
     return p
 
 
-def fast_exp(x: mx.array) -> mx.array:
+def fast_exp(x: Array) -> Array:
     """exp(x): relative error 5e-5 for |x| < 50, 1e-3 for |x| < 80; 0 far below."""
     return power_256(half_exp_root(x))
 
 
 @compiled
-def clamp_5(x: mx.array) -> mx.array:
+def clamp_5(x: Array) -> Array:
     """x between -4.9 and 4.9, without a comparison."""
     return 0.5 * (mx.abs(x + 4.9) - mx.abs(x - 4.9))
 
 
 @compiled
-def lambert(x: mx.array) -> mx.array:
+def lambert(x: Array) -> Array:
     """Lambert's continued fraction of tanh(x), for |x| < 5."""
     u = x * x
     top = x * (135135 + u * (17325 + u * (378 + u)))
     return top / (135135 + u * (62370 + u * (3150 + u * 28)))
 
 
-def fast_tanh(x: mx.array) -> mx.array:
+def fast_tanh(x: Array) -> Array:
     """tanh(x): absolute error 1e-6 for |x| < 1.5, 2e-4 anywhere; bounded by 1."""
     return lambert(clamp_5(x))
 
@@ -842,13 +838,13 @@ def query_blocks(length: int) -> list[tuple[int, int]]:
     return [(a, min(a + size, length)) for a in range(0, length, size)]
 
 
-def fold(x: mx.array, a: int, b: int) -> mx.array:
+def fold(x: Array, a: int, b: int) -> Array:
     """Queries a..b of each group of heads as rows: (B, Hkv, G, T, d) -> (B, Hkv, G*(b-a), d)."""
     return x[..., a:b, :].reshape(*x.shape[:2], -1, x.shape[-1])
 
 
 @mx.custom_function
-def cpu_attention(q: mx.array, k: mx.array, v: mx.array) -> list[mx.array]:
+def cpu_attention(q: Array, k: Array, v: Array) -> list[Array]:
     """Causal attention. q (B, Hkv, G, T, d), scaled; k, v (B, Hkv, T, d).
 
     Returns [out (B, Hkv, G, T, d), then for each query block its exponentials and their sums].
@@ -867,7 +863,7 @@ def cpu_attention(q: mx.array, k: mx.array, v: mx.array) -> list[mx.array]:
 
 
 @cpu_attention.vjp
-def cpu_attention_vjp(primals: Any, cotangents: Any, outputs: Any) -> tuple[mx.array, ...]:
+def cpu_attention_vjp(primals: Any, cotangents: Any, outputs: Any) -> tuple[Array, ...]:
     """Gradients by q, k, v: with p = e / z, d_score = p * (d_p - sum(d_out * out))."""
     (q, k, v), d_out, out = primals, cotangents[0], outputs[0]
     length, d_q = q.shape[3], []
@@ -885,13 +881,13 @@ def cpu_attention_vjp(primals: Any, cotangents: Any, outputs: Any) -> tuple[mx.a
 
 
 @compiled
-def through_cap(gradient: mx.array, t: mx.array) -> mx.array:
+def through_cap(gradient: Array, t: Array) -> Array:
     """Chain rule of the soft cap: gradient * (1 - t^2)."""
     return gradient - gradient * t * t
 
 
 @functools.cache
-def cpu_cross_entropy(cap: float) -> Callable[..., list[mx.array]]:
+def cpu_cross_entropy(cap: float) -> Callable[..., list[Array]]:
     """Cross-entropy head with a soft cap and its own gradient.
 
     The function takes f (n, K), weight (V, K), bias (n, V) or (1, 1), y (n,) int32 and returns
@@ -900,7 +896,7 @@ def cpu_cross_entropy(cap: float) -> Callable[..., list[mx.array]]:
     """
 
     @mx.custom_function
-    def head(f: mx.array, weight: mx.array, bias: mx.array, y: mx.array) -> list[mx.array]:
+    def head(f: Array, weight: Array, bias: Array, y: Array) -> list[Array]:
         t = fast_tanh(mx.addmm(bias, f, weight.T, alpha=1 / cap, beta=1 / cap))
         e = fast_exp(t * cap)
         z = mx.sum(e, axis=-1, keepdims=True)
@@ -908,7 +904,7 @@ def cpu_cross_entropy(cap: float) -> Callable[..., list[mx.array]]:
         return [(mx.log(z) - picked)[:, 0], t, e, z]
 
     @head.vjp
-    def head_vjp(primals: Any, cotangents: Any, outputs: Any) -> tuple[mx.array, ...]:
+    def head_vjp(primals: Any, cotangents: Any, outputs: Any) -> tuple[Array, ...]:
         (f, weight, bias, y), (_, t, e, z) = primals, outputs
         d_nll, at = cotangents[0][:, None], y[:, None]
         d = e * (d_nll / z)
@@ -921,7 +917,7 @@ def cpu_cross_entropy(cap: float) -> Callable[..., list[mx.array]]:
 
 
 @functools.cache
-def squared_leaky_relu(leak: float) -> Callable[[mx.array], mx.array]:
+def squared_leaky_relu(leak: float) -> Callable[[Array], Array]:
     """max(h, leak * h) ** 2 without comparisons, with its own gradient.
 
     Its derivative is g = (1 + leak^2) h + (1 - leak^2) |h|, and the function is h * g / 2.
@@ -929,11 +925,10 @@ def squared_leaky_relu(leak: float) -> Callable[[mx.array], mx.array]:
     a, b = 1 + leak**2, 1 - leak**2
 
     @compiled
-    def slope(h: mx.array, d: mx.array) -> mx.array:
+    def slope(h: Array, d: Array) -> Array:
         return (h * a + mx.abs(h) * b) * d
 
-    value = compiled(lambda h: h * 0.5 * (h * a + mx.abs(h) * b))
-    function = mx.custom_function(lambda h: value(h))
+    function = mx.custom_function(compiled(lambda h: h * 0.5 * (h * a + mx.abs(h) * b)))
     function.vjp(lambda h, d, _: slope(h, d))
     return function
 
@@ -945,12 +940,12 @@ def squared_leaky_relu(leak: float) -> Callable[[mx.array], mx.array]:
 SCORE_LIMIT = 80.0  # |score| <= gain * sqrt(head_dim): keeps exponentials in float32's range
 
 
-def rms_norm(x: mx.array) -> mx.array:
+def rms_norm(x: Array) -> Array:
     """x / sqrt(mean(x^2)) over the last axis, without a weight."""
     return mx.fast.rms_norm(x, None, 1e-6)
 
 
-def init_matrix(rows: int, columns: int, rng: Any, orthogonal: bool) -> mx.array:
+def init_matrix(rows: int, columns: int, rng: Any, orthogonal: bool) -> Array:
     """(rows, columns) float32: orthogonal, or uniform with the same spread as nn.Linear's."""
     if orthogonal:
         q = np.linalg.qr(rng.standard_normal((max(rows, columns), min(rows, columns))))[0]
@@ -962,11 +957,11 @@ def init_matrix(rows: int, columns: int, rng: Any, orthogonal: bool) -> mx.array
 class Linear(nn.Module):
     """x (..., columns) -> (..., rows); the float32 weight is cast to x's dtype."""
 
-    def __init__(self, weight: mx.array) -> None:
+    def __init__(self, weight: Array) -> None:
         super().__init__()
         self.weight = weight
 
-    def __call__(self, x: mx.array) -> mx.array:
+    def __call__(self, x: Array) -> Array:
         return x @ self.weight.astype(x.dtype).T
 
 
@@ -989,11 +984,11 @@ class Attention(nn.Module):
         self.proj = Linear(mx.zeros((d, d)))
         self.q_gain = mx.full((self.heads,), cfg.qk_gain_init)
 
-    def __call__(self, x: mx.array) -> mx.array:
+    def __call__(self, x: Array) -> Array:
         """(B, T, D) -> (B, T, D)."""
         batch, length, _ = x.shape
 
-        def split(y: mx.array, heads: int) -> mx.array:
+        def split(y: Array, heads: int) -> Array:
             return y.reshape(batch, length, heads, self.head_dim).transpose(0, 2, 1, 3)
 
         gain = mx.minimum(self.q_gain, SCORE_LIMIT / self.head_dim**0.5)
@@ -1009,7 +1004,7 @@ class Attention(nn.Module):
         return self.proj(y.transpose(0, 2, 1, 3).reshape(batch, length, -1))
 
 
-def causal_attention(q: mx.array, k: mx.array, v: mx.array, scale: float) -> mx.array:
+def causal_attention(q: Array, k: Array, v: Array, scale: float) -> Array:
     """q (B, H, T, d); k, v (B, Hkv, T, d) -> (B, H, T, d): MLX's kernel, or the CPU's."""
     if not on_cpu():
         return mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask="causal")
@@ -1027,7 +1022,7 @@ class MLP(nn.Module):
         self.proj = Linear(mx.zeros((cfg.model_dim, hidden)))
         self.leak = cfg.mlp_leak
 
-    def __call__(self, x: mx.array) -> mx.array:
+    def __call__(self, x: Array) -> Array:
         """(B, T, D) -> (B, T, D)."""
         return self.proj(squared_leaky_relu(self.leak)(self.fc(x)))
 
@@ -1049,7 +1044,7 @@ class Block(nn.Module):
         self.resid_mix = mx.stack([mx.ones((cfg.model_dim,)), mx.zeros((cfg.model_dim,))])
         self.depth_scale = 1 / math.sqrt(index + 1) if cfg.ln_scale_enabled else 1.0
 
-    def __call__(self, x: mx.array, x0: mx.array) -> mx.array:
+    def __call__(self, x: Array, x0: Array) -> Array:
         """x, x0 (B, T, D) -> (B, T, D); x0 is the embedding."""
         mix = self.resid_mix.astype(x.dtype)
         x = mix[0] * x + mix[1] * x0
@@ -1073,7 +1068,7 @@ class EngramLite(nn.Module):
         self.proj = mx.zeros((vocab, columns))
         self.gates = mx.array([-2.0, -3.0])
 
-    def __call__(self, context: list[mx.array]) -> mx.array:
+    def __call__(self, context: list[Array]) -> Array:
         """[t-1, t-2, t-3], each (B, T) -> (B, T, E)."""
         rows = []
         for order in (2, 3):
@@ -1094,7 +1089,7 @@ class LogitHash(nn.Module):
         self.table = mx.zeros((size, vocab))
         self.gates = mx.zeros((len(keys),))
 
-    def __call__(self, context: list[mx.array]) -> mx.array:
+    def __call__(self, context: list[Array]) -> Array:
         """Context by distance from the predicted token less 1 -> (B, T, V)."""
         out = 0
         for i, key in enumerate(self.distances):
@@ -1125,7 +1120,7 @@ class GPT(nn.Module):
         if cfg.skipgram_hash_size:
             self.skipgram = LogitHash(cfg.skipgram_hash_size, vocab, ((3, 1), (5, 1)))
 
-    def embed(self, context: list[mx.array]) -> mx.array:
+    def embed(self, context: list[Array]) -> Array:
         """Normalised embedding, each blended with the one before in its document: (B, T, D)."""
         x = self.tok_emb[context[0]].astype(self.dtype)
         if "smear_gate" in self:
@@ -1134,7 +1129,7 @@ class GPT(nn.Module):
             x = x + mx.sigmoid(self.smear_gate).astype(x.dtype) * before
         return rms_norm(x)
 
-    def trunk(self, x: mx.array) -> mx.array:
+    def trunk(self, x: Array) -> Array:
         """Embedding (B, T, D) -> features for the head (B, T, D)."""
         x0, half, kept = x, len(self.blocks) // 2, []
         for i, block in enumerate(self.blocks):
@@ -1145,7 +1140,7 @@ class GPT(nn.Module):
                 kept.append(x)
         return rms_norm(x)
 
-    def head_inputs(self, x: mx.array, last: int) -> tuple[mx.array, mx.array, mx.array]:
+    def head_inputs(self, x: Array, last: int) -> tuple[Array, Array, Array]:
         """Inputs (B, T) -> (f (B*last, K), weight (V, K), bias (B*last, V) or (1, 1)).
 
         The uncapped logits of the last positions are f @ weight.T + bias.
@@ -1164,7 +1159,7 @@ class GPT(nn.Module):
         w = mx.concatenate(weight, axis=-1).astype(h.dtype)
         return f.reshape(-1, f.shape[-1]), w, bias.astype(h.dtype)
 
-    def nll(self, x: mx.array, y: mx.array) -> mx.array:
+    def nll(self, x: Array, y: Array) -> Array:
         """Inputs and targets (B, T) -> cross-entropy of each target, (B, T) float32 nats."""
         f, weight, bias = self.head_inputs(x, x.shape[1])
         flat, parts = y.reshape(-1), []
@@ -1174,14 +1169,14 @@ class GPT(nn.Module):
             parts.append(self.chunk_nll(f[a : a + size], weight, part, flat[a : a + size]))
         return mx.concatenate(parts).reshape(y.shape)
 
-    def chunk_nll(self, f: mx.array, weight: mx.array, bias: mx.array, y: mx.array) -> mx.array:
+    def chunk_nll(self, f: Array, weight: Array, bias: Array, y: Array) -> Array:
         """Cross-entropy of a piece of the head: (n,) float32 nats."""
         if on_cpu():
             return cpu_cross_entropy(self.cap)(f, weight, bias, y)[0]
         logits = (f @ weight.T + bias).astype(mx.float32)
         return nn.losses.cross_entropy(self.cap * mx.tanh(logits / self.cap), y)
 
-    def log_probs(self, x: mx.array, last: int) -> mx.array:
+    def log_probs(self, x: Array, last: int) -> Array:
         """Inputs (B, T) -> log-distributions after the last positions: (B, last, V) float32.
 
         Scores are made of these: the head takes MLX's exact functions in float32 on every device.
@@ -1230,8 +1225,6 @@ GROUPS = (
           r"|\w+\.gates", "adam", "scalar_lr", "", ""),
 )  # fmt: skip
 
-Arrays = dict[str, mx.array]
-
 
 def group_parameters(names: list[str]) -> dict[str, Group]:
     """The group of every parameter; an error unless each name is in exactly one."""
@@ -1242,7 +1235,7 @@ def group_parameters(names: list[str]) -> dict[str, Group]:
     return {n: groups[0] for n, groups in found.items()}
 
 
-def orthogonalise(g: mx.array, steps: int) -> mx.array:
+def orthogonalise(g: Array, steps: int) -> Array:
     """Newton-Schulz: (n, rows, columns) -> the same with singular values near 1.
 
     Keller Jordan's quintic (https://kellerjordan.github.io/posts/muon/), in float32: bfloat16
@@ -1259,9 +1252,7 @@ def orthogonalise(g: mx.array, steps: int) -> mx.array:
     return x.swapaxes(-1, -2) if tall else x
 
 
-def muon(
-    p: mx.array, g: mx.array, buffer: mx.array, hyper: Arrays, cfg: Knobs
-) -> tuple[mx.array, mx.array]:
+def muon(p: Array, g: Array, buffer: Array, hyper: Arrays, cfg: Knobs) -> tuple[Array, Array]:
     """One Muon update of stacked matrices (n, rows, columns): (new p, new buffer).
 
     Nesterov momentum, then orthogonalisation, scaled by sqrt(max(1, rows / columns)); the decay is
@@ -1275,19 +1266,19 @@ def muon(
 
 
 @compiled
-def rsqrt_guess(x: mx.array) -> mx.array:
+def rsqrt_guess(x: Array) -> Array:
     """Bits of a first guess of 1 / sqrt(x), from the bits of x."""
     return 0x5F3759DF - (x >> 1)
 
 
 @compiled
-def rsqrt_newton(x: mx.array, y: mx.array) -> mx.array:
+def rsqrt_newton(x: Array, y: Array) -> Array:
     """sqrt(x) from a guess y of 1 / sqrt(x): two Newton steps, 5e-6 relative."""
     y = y * (1.5 - 0.5 * x * y * y)
     return x * (y * (1.5 - 0.5 * x * y * y))
 
 
-def root(x: mx.array) -> mx.array:
+def root(x: Array) -> Array:
     """sqrt(x) for x >= 0; MLX's CPU sqrt costs 7 ns an element."""
     if not on_cpu():
         return mx.sqrt(x)
@@ -1296,29 +1287,20 @@ def root(x: mx.array) -> mx.array:
 
 
 @compiled
-def adam_moments(g: mx.array, m: mx.array, v: mx.array, b1: mx.array, b2: mx.array) -> list:
+def adam_moments(g: Array, m: Array, v: Array, b1: Array, b2: Array) -> list:
     """The two decayed moments of the gradient."""
     return [m * b1 + g * (1 - b1), v * b2 + g * g * (1 - b2)]
 
 
 @compiled
-def adam_move(
-    p: mx.array, m: mx.array, s: mx.array, rate: mx.array, shrink: mx.array, eps: mx.array
-) -> mx.array:
+def adam_move(p: Array, m: Array, s: Array, rate: Array, shrink: Array, eps: Array) -> Array:
     """Parameters after the move: m and s = sqrt(v) are not bias-corrected, rate and eps are."""
     return p * shrink - rate * m / (s + eps)
 
 
 def adam(
-    p: mx.array,
-    g: mx.array,
-    m: mx.array,
-    v: mx.array,
-    lr: mx.array,
-    step: mx.array,
-    cfg: Knobs,
-    decay: float,
-) -> tuple[mx.array, mx.array, mx.array]:
+    p: Array, g: Array, m: Array, v: Array, lr: Array, step: Array, cfg: Knobs, decay: float
+) -> tuple[Array, Array, Array]:
     """One Adam update with bias correction and decoupled decay: (new p, new m, new v)."""
     b1, b2 = mx.array(cfg.beta1), mx.array(cfg.beta2)
     m, v = adam_moments(g, m, v, b1, b2)
@@ -1370,7 +1352,7 @@ def apply_gradients(
 # ==================================================================================================
 
 
-class Workers:
+class Workers(contextlib.AbstractContextManager):
     """Threads that share a step's work: one a core on CPUs, each with its own MLX stream.
 
     MLX's CPU backend runs a stream in one thread. Graphs are built one at a time (building swaps
@@ -1381,9 +1363,6 @@ class Workers:
         self.count, self.lock, self.local = count, threading.Lock(), threading.local()
         self.reserved = 0  # cores that something else uses: so many threads fewer, the same bits
         self.pools = [ThreadPoolExecutor(1) for _ in range(count)] if count > 1 else []
-
-    def __enter__(self) -> Workers:
-        return self
 
     def __exit__(self, *_: object) -> None:
         for pool in self.pools:
@@ -1414,7 +1393,7 @@ def make_workers(cfg: Knobs) -> Workers:
     """WORKERS, or one a core on a CPU, where they share the BLAS's threads; one on a GPU."""
     if cfg.blas not in ("auto", "none") and not BLAS:
         raise UserError(f"BLAS={cfg.blas}: not an OpenBLAS that can be loaded; try BLAS=auto")
-    windows = max(cfg.train_batch_tokens // cfg.train_seq_len, 1)  # more workers would idle
+    windows = cfg.train_batch_tokens // cfg.train_seq_len  # more workers would idle
     count = cfg.workers or min(cpu_cores(), windows) if on_cpu() else 1
     if BLAS:
         BLAS["set_threads"](max(cpu_cores() // count, 1))
@@ -1494,8 +1473,8 @@ class Trainer:
         self.sums, self.updates = whole(self._sums), whole(self._updates)
 
     def _gradients(
-        self, qat: bool, params: Arrays, before: tuple[Any, ...], batch: tuple[mx.array, ...]
-    ) -> tuple[mx.array, Arrays]:
+        self, qat: bool, params: Arrays, before: tuple[Any, ...], batch: tuple[Array, ...]
+    ) -> tuple[Array, Arrays]:
         """(loss, gradients) of a piece of the step, added to those of the pieces before it.
 
         The gradients are those of the weighted loss; the loss is plain. batch: inputs, targets and
@@ -1504,7 +1483,7 @@ class Trainer:
         x, y, w = batch
         share = 1 / (self.windows * self.cfg.train_seq_len)
 
-        def loss(p: Arrays) -> tuple[mx.array, mx.array]:
+        def loss(p: Arrays) -> tuple[Array, Array]:
             p = fake_quantise(p, self.groups, self.cfg) if qat else p
             self.model.update(tree_unflatten(list(p.items())))
             nll = self.model.nll(x, y)
@@ -1515,7 +1494,7 @@ class Trainer:
             plain, grads = plain + before[0], {n: g + before[1][n] for n, g in grads.items()}
         return plain, grads
 
-    def _sums(self, parts: list[Arrays]) -> tuple[Arrays, mx.array]:
+    def _sums(self, parts: list[Arrays]) -> tuple[Arrays, Array]:
         """Gradients of several workers -> (their sums, the squared norm of those)."""
         sums = {n: sum((p[n] for p in parts[1:]), parts[0][n]) for n in parts[0]}
         return sums, sum((mx.sum(g * g) for g in sums.values()), mx.array(0.0))
@@ -1532,7 +1511,7 @@ class Trainer:
         rate = hyper["average"]
         return new, opt, {n: average[n] + rate * (new[n] - average[n]) for n in new}
 
-    def step_gradients(self, step: int, qat: bool) -> tuple[float, list[tuple[Arrays, mx.array]]]:
+    def step_gradients(self, step: int, qat: bool) -> tuple[float, list[tuple[Arrays, Array]]]:
         """Step number `step`'s (plain loss, [(gradients, their squared norm)] of each share)."""
         tokens = self.data.step(step, self.windows)
         weights = complementary_weights(tokens, self.bigrams, self.cfg.complement_alpha)
@@ -1571,7 +1550,7 @@ class Trainer:
         if self.cfg.late_qat_threshold and self.cfg.warmup_steps:
             self.compute(0, 0.0, 0)
 
-    def advance(self) -> dict[str, Any]:
+    def advance(self) -> Event:
         """Take one step; returns its train event. Raises RunFailed if it is not finite."""
         begin = time.perf_counter()
         averaging = progress(self.step, self.elapsed_s, self.cfg) >= self.cfg.ema_start_frac
@@ -2552,7 +2531,7 @@ PREFIX = struct.Struct("<8sHB32sQ")
 NOISE_BYTES = {4: 0.445, 5: 0.56, 6: 0.68, 7: 0.80, 8: 0.925}
 
 
-def quantise_rows(w: mx.array, bits: int, search: bool) -> tuple[mx.array, mx.array]:
+def quantise_rows(w: Array, bits: int, search: bool) -> tuple[Array, Array]:
     """Symmetric codes with one scale a row: (rows, columns) -> (codes, scale (rows, 1)), float32.
 
     The clip is the candidate fraction of the row's largest magnitude with the least squared error.
@@ -2562,7 +2541,7 @@ def quantise_rows(w: mx.array, bits: int, search: bool) -> tuple[mx.array, mx.ar
     limit = 2 ** (bits - 1) - 1
     top = mx.max(mx.abs(w), axis=1, keepdims=True) / limit
 
-    def codes_at(ratio: mx.array) -> tuple[mx.array, mx.array]:
+    def codes_at(ratio: Array) -> tuple[Array, Array]:
         scale = (top * ratio).astype(mx.bfloat16).astype(mx.float32)
         return mx.clip(mx.round(w / mx.where(scale > 0, scale, 1.0)), -limit, limit), scale
 
@@ -2576,14 +2555,12 @@ def quantise_rows(w: mx.array, bits: int, search: bool) -> tuple[mx.array, mx.ar
 
 def fake_quantise(params: Arrays, groups: dict[str, Group], cfg: Knobs) -> Arrays:
     """The parameters as the artifact will hold them; gradients pass straight through."""
-    out = {}
+    out = dict(params)
     for name, p in params.items():
-        bits = groups[name].bits
-        if bits:
+        if bits := groups[name].bits:
             frozen = mx.stop_gradient(p)
             codes, scale = quantise_rows(frozen, getattr(cfg, bits), cfg.use_gptq_lite)
-            p = p + (codes * scale - frozen)
-        out[name] = p
+            out[name] = p + (codes * scale - frozen)
     return out
 
 
@@ -2602,18 +2579,17 @@ def compressors() -> list[tuple[str, Callable[[bytes], bytes], Callable[[bytes],
 
 
 def pack_tensors(params: Arrays, groups: dict[str, Group], cfg: Knobs) -> tuple[list, list[bytes]]:
-    """Parameters -> (a JSON row a tensor: name, shape, bits; their bytes in the same order)."""
+    """Parameters -> (a JSON row a tensor: name, shape, bits; their bytes in that order)."""
     rows, blobs = [], []
     for name, p in params.items():
         bits = getattr(cfg, groups[name].bits) if groups[name].bits else 0
         rows.append([name, list(p.shape), bits])
         if bits:
             codes, scale = quantise_rows(p, bits, cfg.use_gptq_lite)
-            codes = np.array(codes).astype(np.int8)
-            scales = np.array(scale.astype(mx.bfloat16).view(mx.uint16))
-            blobs.append(codes.tobytes() + scales.tobytes())
+            stored = codes.astype(mx.int8), scale.astype(mx.bfloat16).view(mx.uint16)
         else:
-            blobs.append(np.array(p.astype(mx.float32)).astype("<f4").tobytes())
+            stored = (p.astype(mx.float32),)
+        blobs += [np.array(a).tobytes() for a in stored]
     return rows, blobs
 
 
@@ -2661,7 +2637,7 @@ def model_bytes(
 def write_artifact(
     path: Path, params: Arrays, groups: dict[str, Group], cfg: Knobs, tokens: Tokens,
     packed: Packed | None = None,
-) -> dict[str, Any]:  # fmt: skip
+) -> Event:  # fmt: skip
     """Write the compressed model, then the packed text; returns the export event."""
     raw = model_bytes(params, groups, cfg, tokens, packed)
     results = [compress(raw) for _, compress, _ in compressors()]
@@ -2674,7 +2650,7 @@ def write_artifact(
     return {**export_event(path, params, packed), "compressor": compressors()[best][0]}
 
 
-def export_event(path: Path, params: Arrays, packed: Packed | None) -> dict[str, Any]:
+def export_event(path: Path, params: Arrays, packed: Packed | None) -> Event:
     """Sizes on disk, in bytes. Raises RunFailed over the limit."""
     code, model = Path(__file__).stat().st_size, path.stat().st_size
     check_size(code + model, params, "the artifact")
@@ -2744,13 +2720,12 @@ def read_artifact(path: Path) -> Artifact:
     header = json.loads(raw[4 : 4 + length])
     if not set(header["knobs"]) <= {field.name for field in dataclasses.fields(Knobs)}:
         raise UserError(f"{path}: made by another version of the script: use that one")
-    facts, at = header["tokenizer"], 4 + length
-    vocab, packed = facts["vocab"], None
+    facts, at, packed = header["tokenizer"], 4 + length, None
+    vocab = facts.pop("vocab")
     sizes = np.frombuffer(raw, "<u2", vocab, at)
     flags = np.frombuffer(raw, np.uint8, vocab, at + 2 * vocab)
+    tokens = Tokens(sizes, (flags & 1) > 0, (flags & 2) > 0, **facts)
     at += 3 * vocab
-    dummy, sha = facts["dummy_prefix"], facts["sha256"]
-    tokens = Tokens(sizes, (flags & 1) > 0, (flags & 2) > 0, facts["bos"], dummy, sha)
     if header["packed_tokens"] >= 0:
         leaf = np.frombuffer(raw, "<u2", vocab, at).astype(np.int64)
         packed = Packed(leaf, header["packed_tokens"], body[model_bytes:])
@@ -3224,7 +3199,7 @@ class Report:
         with open(self.folder / "train.log", "a") as log:
             log.write(text + "\n")
 
-    def event(self, event: dict[str, Any], *lines: str) -> None:
+    def event(self, event: Event, *lines: str) -> None:
         """A JSON object in metrics.jsonl, and its lines with the event's values filled in."""
         with open(self.folder / "metrics.jsonl", "a") as log:
             log.write(json.dumps(event) + "\n")
@@ -3276,7 +3251,7 @@ FINAL_LINE = (
 )
 
 
-def part_of_text(event: dict[str, Any]) -> str:
+def part_of_text(event: Event) -> str:
     """A label for scores of less than the whole validation split."""
     whole = event.get("val_whole", True)
     return "" if whole else f" (PART of the text: {event['val_tokens']} tokens)"
@@ -3294,20 +3269,19 @@ class Validation:
     cfg: Knobs
     model: GPT
     tokens: Tokens
-    paths: list[Path]
+    folder: Path  # of the shards
     workers: Workers
 
     def __post_init__(self) -> None:
-        limit, manifest = self.cfg.val_max_tokens, self.paths[0].parent / "manifest.json"
+        paths = find_shards(self.folder, "val")
+        self.shards, manifest = len(paths), self.folder / "manifest.json"
         made_by = read_manifest(manifest).get("tokenizer_sha256", self.tokens.sha256)
         if made_by != self.tokens.sha256:
             raise UserError(f"{manifest}: these shards were made by another tokenizer: choose the "
                             "DATA_PATH and TOKENIZER_PATH that belong together")  # fmt: skip
-        self.text, self.whole = load_validation(self.paths, self.tokens, limit)
+        self.text, self.whole = load_validation(paths, self.tokens, self.cfg.val_max_tokens)
 
-    def run(
-        self, params: Arrays, mode: str, batch: int, scorer: Scorer, scored: Any = ()
-    ) -> dict[str, Any]:
+    def run(self, params: Arrays, mode: str, batch: int, scorer: Scorer, scored: Any = ()) -> Event:
         """Score in 'standard' (stride = window) or 'sliding' mode, `batch` windows at once.
 
         scored: parts that `costs` would yield first, if they are known already.
@@ -3325,7 +3299,7 @@ class Validation:
 
     def check_whole(self) -> None:
         """The label must fit what the shards hold."""
-        total = sum(len(open_shard(path)) for path in find_shards(self.paths[0].parent, "val"))
+        total = sum(len(open_shard(path)) for path in find_shards(self.folder, "val"))
         if self.whole != (len(self.text) == total):
             raise AuditFailed("whole text", f"{len(self.text)} of {total} tokens are called whole")
 
@@ -3346,7 +3320,7 @@ def gigaflops(workers: Workers) -> float:
     return workers.count * 2 * 768**3 / (time.perf_counter() - begin) / 1e9
 
 
-def describe_machine(cfg: Knobs, workers: Workers) -> dict[str, Any]:
+def describe_machine(cfg: Knobs, workers: Workers) -> Event:
     """Facts of the machine for the config event."""
     machine = f"{platform.system()} {platform.machine()} {'cpu' if on_cpu() else 'gpu'}"
     return {
@@ -3369,7 +3343,7 @@ def describe_training(trainer: Trainer, validation: Validation) -> Iterator[str]
     size = estimate_bytes(trainer.params, trainer.groups, cfg)
     yield f"train: {data.tokens:,} tokens in {len(data.shards)} shard(s)"
     part = "" if validation.whole else " (PART of the text)"
-    yield f"validation: {len(validation.text):,} tokens in {len(validation.paths)} shard(s){part}"
+    yield f"validation: {len(validation.text):,} tokens in {validation.shards} shard(s){part}"
     yield f"script and artifact: about {size:,} of {ARTIFACT_LIMIT_BYTES:,} bytes, by estimate"
 
 
@@ -3385,7 +3359,7 @@ def peak_memory() -> int:
 
 def train_and_export(
     cfg: Knobs, folder: Path, tokenizer: Path, report: Report, workers: Workers
-) -> tuple[dict[str, Any], LogisticMixer | None]:
+) -> tuple[Event, LogisticMixer | None]:
     """Train, pack, keep the raw weights, write the artifact: (sizes and counts, primed mixer)."""
     tokens = load_tokenizer(tokenizer)
     if cfg.vocab_size not in (0, tokens.vocab):
@@ -3393,7 +3367,7 @@ def train_and_export(
                         "unset VOCAB_SIZE or choose the other tokenizer")  # fmt: skip
     data = TrainWindows(find_shards(folder, "train"), cfg.train_seq_len, cfg.seed, tokens.vocab)
     model = GPT(cfg, tokens.vocab, tokens.bos)
-    validation = Validation(cfg, model, tokens, find_shards(folder, "val"), workers)
+    validation = Validation(cfg, model, tokens, folder, workers)
     trainer = Trainer(model, cfg, data, report, workers)
     for line in describe_training(trainer, validation):
         report.line(line)
@@ -3415,10 +3389,8 @@ def train_and_export(
     export = write_artifact(path, trainer.average, trainer.groups, cfg, tokens, packed)
     export |= {"pack_seconds": seconds, "tokenizer_bytes": tokenizer.stat().st_size}
     report.event(export, EXPORT_LINE)
-    trained, seconds = (
-        trainer.step * trainer.windows * cfg.train_seq_len,
-        max(trainer.elapsed_s, seconds),
-    )
+    trained = trainer.step * trainer.windows * cfg.train_seq_len
+    seconds = max(trainer.elapsed_s, seconds)
     made = {**export, "train_steps": trainer.step, "train_tokens": trained,
             "train_seconds": seconds, "tok_s": trained / max(seconds, 1e-9)}  # fmt: skip
     return made, packer.mixer if packer else None
@@ -3460,8 +3432,7 @@ class Evaluation:
             raise UserError(f"MIXER=logistic: {path} was made with MIXER={made_with.mixer}")
         self.model = GPT(dataclasses.replace(cfg, use_ortho_init=False), tokens.vocab, tokens.bos)
         self.model.load_weights(list(self.artifact.params.items()))  # checks names and shapes
-        paths = find_shards(self.folder, "val")
-        self.validation = Validation(cfg, self.model, tokens, paths, self.workers)
+        self.validation = Validation(cfg, self.model, tokens, self.folder, self.workers)
 
     def primed(self, label: str) -> Scorer:
         """A scorer that has read the artifact's text, and nothing else."""
@@ -3483,7 +3454,7 @@ class Evaluation:
         mixer, text = mixer or self.primed("priming the encoder"), self.validation.text
         return encode_message(mixer, self.model, text, eval_length(self.cfg), self.workers)
 
-    def run(self, receive: Callable[[], Message | None], tokenizer: Path | None) -> dict[str, Any]:
+    def run(self, receive: Callable[[], Message | None], tokenizer: Path | None) -> Event:
         """Audit and score in every mode asked for; returns {"evals", "audit", "lines"}."""
         cfg, validation, lines = self.cfg, self.validation, []
         begin = time.perf_counter()
@@ -3528,7 +3499,7 @@ def evaluate_here(channel: Any, cfg: Knobs, path: Path, folder: Path, tokenizer:
 
 def evaluate(
     cfg: Knobs, path: Path, folder: Path, workers: Workers, mixer: Any, tokenizer: Path | None
-) -> dict[str, Any]:
+) -> Event:
     """Let a fresh process score an artifact; this one encodes the message that it must decode."""
     context = multiprocessing.get_context("spawn")
     here, there = context.Pipe()
