@@ -56,6 +56,7 @@ import operator
 import os
 import platform
 import re
+import resource
 import shutil
 import signal
 import struct
@@ -225,8 +226,7 @@ PRESETS = {
         GRAD_ACCUM_STEPS=1 TRAIN_SEQ_LEN=256 WARMUP_STEPS=1 WARMDOWN_ITERS=400 TRAIN_LOG_EVERY=50
         NUM_LAYERS=4 MODEL_DIM=192 NUM_HEADS=3 NUM_KV_HEADS=1 MLP_MULT=2 XSA_LAST_N=0
         ENGRAM_EMBED_DIM=64 MATRIX_LR=0.02 HASH_LR=0.15 MUON_MOMENTUM_WARMUP_STEPS=200
-        EMA_DECAY=0.98 WEIGHT_BITS=8 EVAL_STRIDE=128 NGRAM_ALPHA=auto
-        PACK_TEXT_BYTES=1000000""",
+        EMA_DECAY=0.98 WEIGHT_BITS=8 EVAL_STRIDE=128 NGRAM_ALPHA=auto PACK_TEXT_BYTES=1000000""",
     "mac": """TRAIN_BATCH_TOKENS=32768 GRAD_ACCUM_STEPS=1 NUM_LAYERS=9 MLP_MULT=2
         ENGRAM_HASH_SIZE=4096 ENGRAM_EMBED_DIM=128 WARMUP_STEPS=2 WARMDOWN_ITERS=300
         MUON_MOMENTUM_WARMUP_STEPS=200 EMA_DECAY=0.98 TRAIN_LOG_EVERY=20
@@ -234,8 +234,8 @@ PRESETS = {
     "h100": "NUM_LAYERS=10 MLP_MULT=2 ENGRAM_EMBED_DIM=64 NGRAM_ALPHA=auto",
     "baseline": """NUM_LAYERS=9 MLP_MULT=2 MLP_LEAK=0 ROPE_DIMS=0 XSA_LAST_N=0 LN_SCALE_ENABLED=0
         USE_ORTHO_INIT=0 USE_SMEARGATE=0 ENGRAM_LITE_ENABLED=0 BIGRAM_HASH_SIZE=0
-        COMPLEMENT_ALPHA=0 WARMDOWN_ITERS=1200 EMA_DECAY=0 WEIGHT_BITS=7 EVAL_MODE=standard
-        MIXER=off""",
+        COMPLEMENT_ALPHA=0 WARMDOWN_ITERS=1200 EMA_DECAY=0 WEIGHT_BITS=7 MIXER=off
+        EVAL_MODE=standard""",
 }
 
 MIXER_KNOBS = {
@@ -309,12 +309,10 @@ def check_names(env: dict[str, str]) -> tuple[list[str], list[str]]:
     return problems, warnings
 
 
-def knobs_from_env(
-    env: dict[str, str], base: dict[str, Any] | None = None
-) -> tuple[Knobs, list[str]]:
+def knobs_from_env(env: dict[str, str], base: Any = None) -> tuple[Knobs, list[str]]:
     """Environment -> (knobs, warnings). Raises UserError with every problem, a line each.
 
-    `base` takes the preset's place: the settings of an artifact.
+    `base`, values by field name, takes the preset's place: the settings of an artifact.
     """
     (given, problems), (unknown, warnings) = parse_env(env), check_names(env)
     preset = given.pop("preset", "auto")
@@ -1071,10 +1069,9 @@ class EngramLite(nn.Module):
     def __call__(self, context: list[Array]) -> Array:
         """[t-1, t-2, t-3], each (B, T) -> (B, T, E)."""
         rows = []
-        for order in (2, 3):
-            for head in range(self.heads):
-                offset = ((order - 2) * self.heads + head) * self.size
-                rows.append(hash_context(context[order - 1 :: -1], self.size, order, head) + offset)
+        for i, (order, head) in enumerate(itertools.product((2, 3), range(self.heads))):
+            row = hash_context(context[order - 1 :: -1], self.size, order, head)
+            rows.append(row + i * self.size)
         e = self.tables[mx.stack(rows, axis=-1)]
         gates = mx.repeat(mx.sigmoid(self.gates) / self.heads, self.heads)
         return gates @ e
@@ -1337,11 +1334,8 @@ def apply_gradients(
         new[name], m, v = adam(p, g, m, v, lr, hyper["step"], cfg, decay)
         state |= {f"m/{name}": m, f"v/{name}": v}
     for same in stacks.values():
-        p, g, b = (
-            mx.stack([source[key + n] for n in same])
-            for source, key in ((params, ""), (grads, ""), (opt, "buffer/"))
-        )
-        p, b = muon(p, g, b, hyper, cfg)
+        p, g = (mx.stack([tree[n] for n in same]) for tree in (params, grads))
+        p, b = muon(p, g, mx.stack([opt[f"buffer/{n}"] for n in same]), hyper, cfg)
         new |= {n: p[i] for i, n in enumerate(same)}
         state |= {f"buffer/{n}": b[i] for i, n in enumerate(same)}
     return new, state
@@ -1602,8 +1596,7 @@ class Trainer:
             if not name.startswith(free) and saved.get(name) != value:
                 raise UserError(f"RESUME=1: {name.upper()} was {saved.get(name)}, not {value}")
         for kind in ("params", "opt", "average"):
-            mine = {n.partition(":")[2]: a for n, a in arrays.items() if n.startswith(kind + ":")}
-            setattr(self, kind, {n: mine[n] for n in getattr(self, kind)})
+            setattr(self, kind, {n: arrays[f"{kind}:{n}"] for n in getattr(self, kind)})
         for name, value in json.loads(meta["state"]).items():
             setattr(self, name, value)
 
@@ -3280,6 +3273,7 @@ class Validation:
             raise UserError(f"{manifest}: these shards were made by another tokenizer: choose the "
                             "DATA_PATH and TOKENIZER_PATH that belong together")  # fmt: skip
         self.text, self.whole = load_validation(paths, self.tokens, self.cfg.val_max_tokens)
+        self.part = "" if self.whole else " (PART of the text)"
 
     def run(self, params: Arrays, mode: str, batch: int, scorer: Scorer, scored: Any = ()) -> Event:
         """Score in 'standard' (stride = window) or 'sliding' mode, `batch` windows at once.
@@ -3290,9 +3284,8 @@ class Validation:
         begin, length = time.perf_counter(), eval_length(self.cfg)
         stride = length if mode == "standard" else min(self.cfg.eval_stride, length)
         stream = net_stream(self.model, params, self.text, (length, stride, batch), self.workers)
-        label = f"eval {mode}" if self.whole else f"eval {mode} (PART of the text)"
         parts = costs(stream, self.text, scorer, done)
-        show = show_progress(label)
+        show = show_progress(f"eval {mode}{self.part}")
         result = score(itertools.chain(scored, parts), self.text, self.tokens, show)
         seconds = time.perf_counter() - begin
         return {"mode": mode, **result, "val_whole": self.whole, "eval_time_ms": 1000 * seconds}
@@ -3342,8 +3335,8 @@ def describe_training(trainer: Trainer, validation: Validation) -> Iterator[str]
                    f"{group.optimizer}, lr {getattr(cfg, group.lr)}, stored in {bits}")  # fmt: skip
     size = estimate_bytes(trainer.params, trainer.groups, cfg)
     yield f"train: {data.tokens:,} tokens in {len(data.shards)} shard(s)"
-    part = "" if validation.whole else " (PART of the text)"
-    yield f"validation: {len(validation.text):,} tokens in {validation.shards} shard(s){part}"
+    yield (f"validation: {len(validation.text):,} tokens in {validation.shards} shard(s)"
+           f"{validation.part}")  # fmt: skip
     yield f"script and artifact: about {size:,} of {ARTIFACT_LIMIT_BYTES:,} bytes, by estimate"
 
 
@@ -3351,8 +3344,6 @@ def peak_memory() -> int:
     """Bytes at most: MLX's on a GPU, the process's on a CPU."""
     if not on_cpu():
         return mx.get_peak_memory()
-    import resource
-
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
@@ -3436,13 +3427,12 @@ class Evaluation:
 
     def primed(self, label: str) -> Scorer:
         """A scorer that has read the artifact's text, and nothing else."""
-        packed, text = self.artifact.packed, self.validation.text
-        capacity = len(text) + (packed.tokens if packed else 0)
-        leaf = packed.leaf if packed else None
+        packed = self.artifact.packed if self.cfg.mixer == "logistic" else None
+        leaf, paid = (packed.leaf, packed.tokens) if packed else (None, 0)
+        capacity = len(self.validation.text) + paid
         scorer = new_scorer(self.cfg, self.artifact.tokens, leaf, capacity)
-        if isinstance(scorer, LogisticMixer):
+        if packed:
             unpack(scorer, packed, label)
-        paid = packed.tokens if isinstance(scorer, LogisticMixer) else 0
         if scorer.learned != paid:
             raise AuditFailed("paid text", f"learned {scorer.learned} tokens, paid {paid}")
         return scorer
@@ -3471,8 +3461,7 @@ class Evaluation:
             prime_seconds = time.perf_counter() - begin
             first = int(validation.text[0])
             if message:
-                length = eval_length(cfg)
-                args = (message, scorer, self.model, first, length, self.workers)
+                args = message, scorer, self.model, first, eval_length(cfg), self.workers
                 tokens, nats = decode_message(*args)
                 lines.append(check_message(message, tokens, nats, validation.text))
                 scored = [(0, nats)]
