@@ -299,9 +299,9 @@ def preset_values(preset: str) -> dict[str, Any]:
 def check_names(env: dict[str, str]) -> tuple[list[str], list[str]]:
     """Variables that name no knob -> (problems: public names not kept, warnings: misspellings)."""
     fields = dataclasses.fields(Knobs)
-    names = {f.name.upper() for f in fields} | {f.metadata["alias"] for f in fields}
+    names = [name for f in fields for name in (f.name.upper(), f.metadata["alias"])]
     problems, warnings = [], []
-    for name in sorted(set(env) - names):
+    for name in sorted(set(env) - set(names)):
         reasons = [why for prefix, why in REMOVED if name.startswith(prefix)]
         problems += [f"{name}: not a setting here: {why}; unset it" for why in reasons]
         near = difflib.get_close_matches(name, names, n=1, cutoff=0.88)
@@ -351,7 +351,7 @@ def check_together(cfg: Knobs) -> list[str]:
             not cfg.run_id or re.fullmatch(r"\w[\w.+=-]*", cfg.run_id) is not None,
         "RESUME=1 needs RUN_ID: which run should go on?": bool(cfg.run_id) or not cfg.resume,
         f"NGRAM_ALPHA={cfg.ngram_alpha}: must be from 0 to 1, or auto":
-            re.fullmatch(r"auto|0|1|0?\.\d+|[01]\.0*|0\.\d+", cfg.ngram_alpha) is not None,
+            re.fullmatch(r"auto|0|1|0?\.\d+|[01]\.0*", cfg.ngram_alpha) is not None,
     }  # fmt: skip
     return [problem for problem, holds in rules.items() if not holds]
 
@@ -438,7 +438,7 @@ def open_blas(choice: str) -> dict[str, Any]:
     if choice == "auto":
         spec = importlib.util.find_spec("scipy_openblas32")
         folder = Path(spec.origin).parent / "lib" if spec and spec.origin else Path("absent")
-        paths = [*sorted(folder.glob("*.so*")), "libopenblas.so.0", "libopenblas.so"]
+        paths = [*sorted(folder.glob("lib*openblas*.so*")), "libopenblas.so.0", "libopenblas.so"]
     for path, prefix in itertools.product(paths, ("scipy_", "")) if sys.platform == "linux" else ():
         try:
             library = ctypes.CDLL(str(path))
@@ -3389,9 +3389,10 @@ def train_and_export(
 
 def new_packer(trainer: Trainer, tokens: Tokens) -> Packer | None:
     """The packer of a run, with the bytes it may use; None unless MIXER=logistic."""
-    cfg, net = trainer.cfg, estimate_bytes(trainer.params, trainer.groups, trainer.cfg)
+    cfg = trainer.cfg
     if cfg.mixer != "logistic":
         return None
+    net = estimate_bytes(trainer.params, trainer.groups, cfg)
     room = ARTIFACT_LIMIT_BYTES - net - net // 50 - 20_000 - 3 * tokens.vocab
     budget = room if cfg.pack_text_bytes < 0 else cfg.pack_text_bytes
     if budget > room:
