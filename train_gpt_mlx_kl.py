@@ -623,8 +623,6 @@ def locate_data(cfg: Knobs) -> tuple[Path, Path | None, str]:
 def make_stdlib() -> None:
     """Run data/prepare.py on the text that every Python installation carries."""
     script = HERE / "data" / "prepare.py"
-    if not script.is_file():
-        raise UserError(f"DATA_PATH is unset and {script} is missing: set DATA_PATH")
     print("no FineWeb shards found: making a corpus from the text that Python carries", flush=True)
     if subprocess.run([sys.executable, str(script), "stdlib"]).returncode:
         raise UserError("data/prepare.py stdlib failed (see above): set DATA_PATH to other shards")
@@ -639,14 +637,12 @@ def tokenizer_beside(folder: Path) -> Path:
     """The tokenizer of a dataset in the public layout: ../../tokenizers/NAME_VOCAB_bpe.model."""
     folder = folder.resolve()
     home = folder.parent.parent / "tokenizers"
-    names = [str(read_manifest(folder / "manifest.json").get("tokenizer", "absent"))]
-    match = re.fullmatch(r"(?:fineweb10B|(.+))_sp(\d+)", folder.name)
-    if match:
-        names.append(f"{match[1] or 'fineweb'}_{match[2]}_bpe.model")
-    found = [home / name for name in names if (home / name).is_file()]
-    if not found:
-        raise UserError(f"TOKENIZER_PATH is unset, and {home} holds no tokenizer for {folder}")
-    return found[0]
+    name, _, vocab = folder.name.replace("fineweb10B", "fineweb").rpartition("_sp")
+    usual = f"{name}_{vocab}_bpe.model"
+    path = home / read_manifest(folder / "manifest.json").get("tokenizer", usual)
+    if not path.is_file():
+        raise UserError(f"TOKENIZER_PATH is unset, and {path}, made for {folder}, is missing")
+    return path
 
 
 class TrainWindows:
