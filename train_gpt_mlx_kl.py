@@ -1874,67 +1874,87 @@ CANDIDATE_CONTEXTS = (
     Context("candidates, document, word", words=1, document=True),
 )
 SLOTS, CANDIDATES = len(SLOT_CONTEXTS), len(CANDIDATE_CONTEXTS)
-INPUTS = 2 * SLOTS + CANDIDATES + 2  # and the match, and a bias
-WIDTH = -(-INPUTS // 8) * 8  # a row of weights, padded for vector instructions
-SETS, NET_SETS = 8, 3  # weight sets that a node's inputs choose
-LEVELS = 3  # decisions that share a slot: a tag and 7 nodes are 32 bytes
-HALF = np.uint32(1 << 31)  # a cell: 22 bits of probability, 10 of count; this one is 1/2, unseen
+EXPERTS = SLOTS + CANDIDATES + 1  # and the match
+# Inputs of a decision: each slot's own logit and what such cells meant so far, each candidate
+# expert's, the match's, the net's and a bias. A row of weights is padded for vector instructions.
+FIRST_CANDIDATE, MATCH = 2 * SLOTS, 2 * SLOTS + CANDIDATES
+NET, BIAS = MATCH + 1, MATCH + 2
+WIDTH = -(-(BIAS + 1) // 8) * 8
+LEVELS = 3  # decisions that share a slot: a tag and 7 nodes are 16 bytes
+WAYS = 4  # rows of a table in which a key may be: 4 slots are a cache line
+UNSEEN = 2048 << 4  # a slot's cell: 12 bits of logit, in 256ths from -8; 4 of a count's logarithm
+COUNTED = tuple(a for a, c in enumerate(SLOT_CONTEXTS) if c.name in ("order 2", "order 3", "word"))
+SETS = 5  # weight sets, see `choose_sets`
 SCORE, ENCODE, DECODE = 0, 1, 2
-
-
-def cells(probability: Any) -> Any:
-    """Cells of count 0 from probabilities in 65,536ths."""
-    return (np.asarray(probability, np.int64) << 16).astype(np.uint32)
+TOKENS, DOCUMENT, MATCH_AT, MATCH_LENGTH, JOINED = range(5)  # what `Mixer.now` holds
 
 
 @functools.cache
 def logit_tables() -> tuple[Any, Any]:
-    """(stretch (4096,) float32: ln(p / (1-p)) of p in 4096ths; squash (4096,) int32: its inverse,
-    in 65,536ths, of -12 .. 12). Correctly rounded, so the same on every machine."""
+    """(stretch (4096,) float32: ln(p / (1-p)) of p in 4096ths; logistic (6145,) int64: its inverse
+    in 2^-32, of -12 .. 12 in 256ths). Correctly rounded, so the same on every machine."""
     with decimal.localcontext() as context:
         context.prec = 24
         number = decimal.Decimal
         stretch = [(number(2 * i + 1) / number(8191 - 2 * i)).ln() for i in range(4096)]
-        steps = [(number(2 * i + 1) / 2) * 24 / 4096 - 12 for i in range(4096)]
-        squash = [int(65536 / (1 + (-x).exp()) + number("0.5")) for x in steps]
-    return np.array(stretch, np.float32), np.clip(squash, 1, 65535).astype(np.int32)
+        upper = [int(2**32 / (1 + (number(-i) / 256).exp())) for i in range(3073)]
+    logistic = [2**32 - p for p in upper[:0:-1]] + upper
+    return np.array(stretch, np.float32), np.array(logistic, np.int64)
 
 
-STRETCH, SQUASH = logit_tables()
+STRETCH, LOGISTIC = logit_tables()
+SQUASH = np.clip(LOGISTIC >> 16, 1, 65535).astype(np.int32)
 RATE = (65536 * 2 // (2 * np.arange(1024) + 3)).astype(np.int64)  # 1 / (n + 1.5)
-COUNT_BUCKET = np.searchsorted([1, 2, 3, 4, 6, 9, 13, 25, 65], np.arange(1024), "right")
+COUNTS = np.array([0, 1, 2, 3, 4, 5, 6, 7, 8, 10, 13, 17, 22, 30, 40, 60])  # of a cell's 4 bits
+ADVANCE = np.append(65536 // np.diff(COUNTS), 0)  # chance, in 65,536ths, that they go on
 EVIDENCE_BUCKET = np.searchsorted([1, 2, 3, 4, 5, 7, 10, 16, 32], np.arange(2048), "right")
-MAP_LIMIT, SLOT_LIMIT, APM_LIMIT = 1023, 255, 250  # counts up to which cells slow down
-FIRST_RATE, LAST_RATE, FADE = np.float32(0.02), np.float32(0.002), np.float32(0.01)
-FINAL_RATE, NET_RATE = 0.002, 0.015
+MAP_LIMIT, APM_LIMIT = 1023, 250  # counts up to which cells slow down
+FIRST_RATE, LAST_RATE, FADE = np.float32(0.005), np.float32(0.0002), np.float32(0.003)
+NET_WEIGHT, OTHERS = np.float32(0.3), np.float32(0.75)  # when the net joins: its weight, theirs
 LONGEST_MATCH, SHORTEST_MATCH, CLASS_BITS = 32, 7, 6
 
 
-class Mixer(NamedTuple):
-    """All of a mixer's state as arrays, so that compiled code can take it and a copy is a copy."""
+def cells(probability: Any) -> Any:
+    """Cells of 22 bits of probability and 10 of count, 0, from 65,536ths."""
+    return (np.asarray(probability, np.int64) << 16).astype(np.uint32)
 
-    slot_rows: Any  # (SLOTS, 6) int64: a Context's numbers, then first slot and slots of its region
+
+def cells_after_1() -> Any:
+    """(65536,) uint16: a slot's cell -> its logit after a 1, its count's bits 0."""
+    p, out = LOGISTIC[1024 : 1024 + 4096], np.zeros((4096, 16), np.uint16)
+    for bits, n in enumerate(COUNTS.tolist()):
+        to = p + (2**32 - p) * 2 // (2 * n + 3)  # by 1 / (n + 1.5) of the way
+        at = np.clip(np.searchsorted(p, to), 1, 4095)
+        out[:, bits] = (at - (p[at] - to > to - p[at - 1])) << 4
+    return out.reshape(-1)
+
+
+AFTER_1 = cells_after_1()
+
+
+class Mixer(NamedTuple):
+    """All of a mixer's state as arrays, so that compiled code can take it and a copy is a copy.
+
+    What mixes has two heads: one for the contexts alone, one that also hears the net.
+    """
+
+    slot_rows: Any  # (SLOTS, 6) int64: a Context's numbers, then first row and rows of its region
     candidate_rows: Any  # (CANDIDATES, 6) int64
     leaf: Any  # (V,) int64: a token's path through the tree, its first decision the highest bit
     token: Any  # (2^L,) int64: the token at a leaf, or -1
     inside: Any  # (2^(L+1),) int64: tokens below each node
     starts: Any  # (V,) bool: the piece starts a word
-    slots: Any  # (n, 8) uint32: a tag, then a cell for each of 7 nodes
+    slots: Any  # (n, 8) uint16: a tag, then a cell for each of 7 nodes
     candidates: Any  # (n, 8) uint32: a tag, then 7 leaves << 16 | count, most recent first
-    slot_map: Any  # cells by expert, level, count and stretched probability
-    candidate_map: Any  # cells by expert, level, evidence for 0 and 1, most recent side
-    match_map: Any  # cells by level and length of the match
-    weights: Any  # (rows of all sets, WIDTH) float32
-    visits: Any  # (rows of all sets,) float32: how often each row has learned
-    set_base: Any  # (SETS + 1,) int64
-    set_weights: Any  # (2^L, SETS) float32
-    apm: Any  # (2^L, 33) cells by node
-    apm_hashed: Any  # (n, 33) cells by hash of t-1 and node
-    net_weights: Any  # (rows of all net sets, 3) float32: mixer, net, bias
-    net_base: Any  # (NET_SETS + 1,) int64
-    repeats: Any  # (n,) int32: the position after the last text of SHORTEST_MATCH tokens
+    maps: Any  # cells by expert, level and what the expert says: what it meant so far
+    weights: Any  # (2, rows of all sets, WIDTH) float32
+    visits: Any  # (2, rows of all sets) float32: how often each row has learned
+    apm: (
+        Any  # (2, rows * 33) cells by mixed logit: a row for each node, then hashes of t-1 and node
+    )
+    repeats: Any  # (2^n,) int32: the position after the last text of SHORTEST_MATCH tokens
     history: Any  # (capacity,) int32: the tokens so far
-    now: Any  # int64: tokens so far, start of the document, match position, match length
+    now: Any  # (5,) int64: tokens so far, document's start, match's place and length, net joined
     words: Any  # (2,) uint64: hashes of the current word and the one before
 
 
@@ -1954,16 +1974,28 @@ def learn_bit(cells, at, bit, limit):
 
 
 @njit(cache=True)
+def learn_slots(slots, slot, at, bit, dice):
+    """The same for the slots' cells; their counts go on by chance, so that 4 bits can count far."""
+    for a in range(SLOTS):
+        cell = np.int64(slots[slot[a], at])
+        count = cell & 15
+        if bit:
+            after = np.int64(AFTER_1[cell])
+        else:  # the mirror image; the least logit has none
+            after = 65536 - np.int64(AFTER_1[min(65536 - cell + 2 * count, 65535)])
+        slots[slot[a], at] = after | (count + (dice < ADVANCE[count]))
+
+
+@njit(cache=True)
 def stretched(cell):
-    """ln(p / (1-p)) of a cell."""
+    """ln(p / (1-p)) of a cell with 22 bits of probability."""
     return STRETCH[cell >> np.uint32(20)]
 
 
 @njit(cache=True)
 def squashed(x):
     """Logit, float32, within 12 of 0 -> probability in 65,536ths, 1 .. 65,535."""
-    at = np.int64((x + np.float32(12)) * np.float32(4096 / 24))
-    return SQUASH[min(max(at, 0), 4095)]
+    return SQUASH[np.int64((x + np.float32(12)) * np.float32(256) + np.float32(0.5))]
 
 
 @njit(cache=True)
@@ -1975,97 +2007,83 @@ def clamp(x):
 @njit(cache=True)
 def recent(history, now, back, bos):
     """Token t - back, or BOS where that lies before the document."""
-    at = now[0] - back
-    return np.int64(history[at]) if at >= now[1] and at >= 0 else bos
+    at = now[TOKENS] - back
+    return np.int64(history[at]) if at >= now[DOCUMENT] and at >= 0 else bos
 
 
 @njit(cache=True)
-def context_key(row, history, now, words, leaf, bos, shift):
-    """64-bit key of a Context's row: it is of the past alone."""
-    h = mix_hash(np.uint64(1 << 40), row[0] | row[1] << 8 | row[2] << 16 | row[3] << 20)
-    for back in range(8):
-        if row[0] >> back & 1:
-            h = mix_hash(h, recent(history, now, back + 1, bos))
-        if row[1] >> back & 1:
-            h = mix_hash(h, leaf[recent(history, now, back + 1, bos)] >> shift)
-    for k in range(row[2]):
-        h = mix_hash(h, words[k])
-    return mix_hash(h, now[1]) if row[3] else h
+def context_keys(rows, history, now, words, leaf, bos, shift, keys):
+    """64-bit key of each Context's row: it is of the past alone."""
+    for a in range(len(rows)):
+        row = rows[a]
+        h = mix_hash(np.uint64(1 << 40), row[0] | row[1] << 8 | row[2] << 16 | row[3] << 20)
+        for back in range(8):
+            if row[0] >> back & 1:
+                h = mix_hash(h, recent(history, now, back + 1, bos))
+            if row[1] >> back & 1:
+                h = mix_hash(h, leaf[recent(history, now, back + 1, bos)] >> shift)
+        for k in range(row[2]):
+            h = mix_hash(h, words[k])
+        keys[a] = mix_hash(h, now[DOCUMENT]) if row[3] else h
 
 
 @njit(cache=True)
-def place(row, h):
-    """First of the two places of the key h in the region of a Context's row."""
-    return row[4] + ((np.int64(h & np.uint64(0xFFFFFFFF)) * row[5]) >> 32)
+def touch(table, rows, keys, node, hashes, at):
+    """The first place of each row's key at a node.
+
+    It loads them all, in flight at once, which hides memory's latency; the sum keeps the compiler
+    from leaving the loads out.
+    """
+    total = np.uint32(0)
+    for a in range(len(rows)):
+        h = hashes[a] = mix_hash(keys[a], node)
+        place = rows[a, 4] + ((np.int64(h & np.uint64(0xFFFFFFFF)) * rows[a, 5]) >> 32)
+        at[a] = place & ~(WAYS - 1)
+        total += np.uint32(table[at[a], 0])
+    return total
 
 
 @njit(cache=True)
-def find(table, i, h, blank):
-    """Where the key h is, in place i or the one beside it; `blank` replaces the less used one."""
-    tag, j = np.uint32(h >> np.uint64(32)) | np.uint32(1), i ^ 1
-    if table[i, 0] == tag:
-        return i
-    if table[j, 0] == tag:
-        return j
-    if table[j, 1] & np.uint32(1023) < table[i, 1] & np.uint32(1023):
-        i = j
-    table[i, 0] = tag
-    for k in range(1, table.shape[1]):
-        table[i, k] = blank
-    return i
+def find(table, hashes, at, used, blank):
+    """From each key's first place to where it is; the least used row is cleared for a new key.
+
+    used: the bits of a row's first cell that count.
+    """
+    for a in range(len(at)):
+        tag, first = np.int64(hashes[a] >> np.uint64(48)) | 1, at[a]
+        place = least = first
+        while place < first + WAYS and np.int64(table[place, 0]) != tag:
+            if np.int64(table[place, 1]) & used < np.int64(table[least, 1]) & used:
+                least = place
+            place += 1
+        if place == first + WAYS:
+            place, row = least, table[least]
+            row[0] = tag
+            for k in range(1, 8):
+                row[k] = blank
+        at[a] = place
 
 
 @njit(cache=True)
-def dot(w, r, x):
-    """Sum of w[r] * x in eight partial sums: one order on every machine, and vectors fit it."""
-    a = b = c = d = e = f = g = h = np.float32(0)
-    for j in range(0, WIDTH, 8):
-        a += w[r, j] * x[j]
-        b += w[r, j + 1] * x[j + 1]
-        c += w[r, j + 2] * x[j + 2]
-        d += w[r, j + 3] * x[j + 3]
-        e += w[r, j + 4] * x[j + 4]
-        f += w[r, j + 5] * x[j + 5]
-        g += w[r, j + 6] * x[j + 6]
-        h += w[r, j + 7] * x[j + 7]
-    return ((a + e) + (c + g)) + ((b + f) + (d + h))
-
-
-@njit(cache=True)
-def learn_weights(w, visits, r, x, error):
-    """A gradient step for w[r], smaller the more it has taken."""
-    rate = max(LAST_RATE, FIRST_RATE / (np.float32(1) + visits[r] * FADE))
-    visits[r] += np.float32(1)
-    step, row = error * rate, w[r]
-    for j in range(len(x)):  # a length unknown to the compiler: it makes vectors of this loop
-        row[j] += step * x[j]
-
-
-@njit(cache=True)
-def slot_inputs(slots, slot_map, slot, at, level, levels, x, chosen):
+def slot_inputs(slots, maps, slot, at, level, levels, x, said):
     """Two inputs an expert: its cell, and what cells like it meant so far; returns those seen."""
     seen = 0
     for a in range(SLOTS):
-        cell = slots[slot[a], at]
-        s = stretched(cell)
-        count = np.int64(cell & np.uint32(1023))
-        grid = min(max(np.int64((s + np.float32(8)) * np.float32(2)), 0), 31)
-        chosen[a] = ((a * levels + level) * 10 + COUNT_BUCKET[count]) * 32 + grid
-        x[2 * a] = s
-        x[2 * a + 1] = stretched(slot_map[chosen[a]]) if count else np.float32(0)
-        seen += count > 0
+        cell = np.int64(slots[slot[a], at])
+        x[2 * a] = np.float32((cell >> 4) - 2048) * np.float32(1 / 256)
+        x[2 * a + 1], said[a] = np.float32(0), -1
+        if cell & 15:
+            said[a] = (a * levels + level) * 512 + (cell & 15) * 32 + (cell >> 11)
+            x[2 * a + 1] = stretched(maps[said[a]])
+            seen += 1
     return seen
 
 
 @njit(cache=True)
-def candidate_inputs(candidates, candidate_map, found, node, level, levels, x, chosen):
-    """An input an expert, from the counts of the candidates below each side of the node.
-
-    Returns (experts that have any, what they agree on: base 4, a digit an expert).
-    """
-    seen, agree = 0, 0
+def candidate_inputs(candidates, maps, found, node, level, levels, x, said):
+    """An input an expert, from the counts of the candidates below each side of the node."""
     for c in range(CANDIDATES):
-        n0, n1, newest = 0, 0, 2
+        n0, n1, newest = 0, 0, -1
         for m in range(1, 8):
             entry = candidates[found[c], m]
             if entry == 0:
@@ -2073,49 +2091,88 @@ def candidate_inputs(candidates, candidate_map, found, node, level, levels, x, c
             leaf = np.int64(entry >> np.uint32(16)) | 1 << levels
             if leaf >> (levels - level) == node:
                 bit = leaf >> (levels - level - 1) & 1
-                newest = bit if newest == 2 else newest
+                newest = bit if newest < 0 else newest
                 n0 += np.int64(entry & np.uint32(0xFFFF)) * (1 - bit)
                 n1 += np.int64(entry & np.uint32(0xFFFF)) * bit
-        pair = EVIDENCE_BUCKET[n0] * 10 + EVIDENCE_BUCKET[n1]
-        chosen[c] = ((c * levels + level) * 100 + pair) * 3 + newest
-        s = stretched(candidate_map[chosen[c]])
-        x[2 * SLOTS + c] = s if newest < 2 else np.float32(0)
-        agree = agree * 4 + (0 if newest == 2 else 2 if s > 0 else 1)
-        seen += newest < 2
-    return seen, agree
+        x[FIRST_CANDIDATE + c], said[SLOTS + c] = np.float32(0), -1
+        if newest >= 0:
+            pair = EVIDENCE_BUCKET[n0] * 10 + EVIDENCE_BUCKET[n1]
+            at = SLOTS * levels * 512 + ((c * levels + level) * 100 + pair) * 2 + newest
+            x[FIRST_CANDIDATE + c], said[SLOTS + c] = stretched(maps[at]), at
 
 
 @njit(cache=True)
-def refine(apm, apm_hashed, node, before, mixed, at):
+def match_input(maps, foretold, length, node, level, levels, x, said):
+    """An input from the token that followed the match; foretold: its leaf's node, or -1."""
+    x[MATCH], said[EXPERTS - 1] = np.float32(0), -1
+    if foretold >> (levels - level) == node:
+        bit, first = foretold >> (levels - level - 1) & 1, SLOTS * 512 + CANDIDATES * 200
+        at = first * levels + (level * 64 + min(length, 63)) * 2 + bit
+        x[MATCH], said[EXPERTS - 1] = stretched(maps[at]), at
+
+
+@njit(cache=True)
+def choose_sets(slots, slot, at, node, level, levels, seen, before, before_2, sets):
+    """Rows of weights for a decision, one of each set, the sets one after the other."""
+    leaves, counts = 1 << levels, 0
+    for a in COUNTED:
+        counts = counts * 8 + (np.int64(slots[slot[a], at]) & 15) // 2
+    sets[0] = node
+    sets[1] = leaves + before_2
+    sets[2] = 2 * leaves + before * 8 + min(level, 7)
+    sets[3] = 10 * leaves + level * (SLOTS + 1) + seen
+    sets[4] = 10 * leaves + levels * (SLOTS + 1) + counts
+
+
+@njit(cache=True)
+def mix_inputs(weights, sets, x, products):
+    """The mixed logit: x times the sum of the sets' rows. Vectors fit every loop but the last."""
+    row = weights[sets[0]]
+    for j in range(len(products)):
+        products[j] = row[j]
+    for k in range(1, SETS):
+        row = weights[sets[k]]
+        for j in range(len(products)):
+            products[j] += row[j]
+    for j in range(len(products)):
+        products[j] *= x[j]
+    a = b = c = d = np.float32(0)
+    for j in range(0, WIDTH, 4):  # one order on every machine
+        a += products[j]
+        b += products[j + 1]
+        c += products[j + 2]
+        d += products[j + 3]
+    return clamp((a + b) + (c + d))
+
+
+@njit(cache=True)
+def learn_weights(weights, visits, sets, x, error):
+    """A gradient step for each of the sets' rows, smaller the more it has taken."""
+    for k in range(SETS):
+        row, n = weights[sets[k]], visits[sets[k]]
+        visits[sets[k]] = n + np.float32(1)
+        step = error * max(LAST_RATE, FIRST_RATE / (np.float32(1) + n * FADE))
+        for j in range(len(x)):  # a length unknown to the compiler: it makes vectors of this loop
+            row[j] += step * x[j]
+
+
+@njit(cache=True)
+def refine(apm, rows, mixed, at):
     """Two adaptive probability maps of the mixed logit, interpolated; half the weight is theirs.
 
-    `at`: the two cells to learn from, set here. Returns a probability in 65,536ths.
+    rows: where their rows begin; at: the two cells to learn from, set here. Returns a probability
+    in 65,536ths.
     """
     place = min(max((mixed + np.float32(8)) * np.float32(2), np.float32(0)), np.float32(31.99))
-    low = np.int64(place)
+    low, total = np.int64(place), np.float32(0)
     high = place - np.float32(low)
-    hashed = (mix_hash(np.uint64(before) << np.uint64(20), node) >> np.uint64(40)) % np.uint64(
-        len(apm_hashed) // 33
-    )
-    at[0], at[1] = node * 33 + low, np.int64(hashed) * 33 + low
-    total = np.float32(0)
-    for k, table in enumerate((apm, apm_hashed)):
-        a = np.float32(table[at[k]] >> np.uint32(10)) * (np.float32(1) - high)
-        total += a + np.float32(table[at[k] + 1] >> np.uint32(10)) * high
-        at[k] += high >= np.float32(0.5)
+    for k in range(2):
+        cell = rows[k] + low
+        a = np.float32(apm[cell] >> np.uint32(10)) * (np.float32(1) - high)
+        total += a + np.float32(apm[cell + 1] >> np.uint32(10)) * high
+        at[k] = cell + (high >= np.float32(0.5))
     p = np.float32(squashed(mixed)) * np.float32(0.5) + total * np.float32(0.25 / 64)
     return min(max(np.int64(p), 1), 65535)
-
-
-@njit(cache=True)
-def with_net(weights, sets, p, p_net, inputs):
-    """Probability of 1 from the mixer's and the net's, in 65,536ths; float32 logits in inputs."""
-    inputs[0], inputs[1] = STRETCH[p >> 4], STRETCH[p_net >> 4]
-    x = np.float32(0)
-    for k in range(NET_SETS):
-        w = weights[sets[k]]
-        x += inputs[0] * w[0] + inputs[1] * w[1] + inputs[2] * w[2]
-    return squashed(clamp(x / np.float32(NET_SETS)))
 
 
 @njit(cache=True)
@@ -2172,11 +2229,11 @@ def remember(candidates, found, leaf, token, starts, history, now, words, bos):
             if old > 2:
                 row[k] -= np.uint32((old + 1) >> 2)
         row[1] = np.uint32((leaf << 16) | min(count + 1, 255))
-    n = now[0]
+    n = now[TOKENS]
     history[n] = token
-    now[0] = n + 1
+    now[TOKENS] = n + 1
     if token == bos:
-        now[1], words[0], words[1] = n, 1 << 50, 1 << 50
+        now[DOCUMENT], words[0], words[1] = n, 1 << 50, 1 << 50
     elif starts[token]:
         words[1], words[0] = words[0], mix_hash(np.uint64(5 << 40), token)
     else:
@@ -2186,26 +2243,40 @@ def remember(candidates, found, leaf, token, starts, history, now, words, bos):
 @njit(cache=True)
 def follow_match(history, now, repeats, token):
     """Keep the match if it foretold the token, else look for the last place of this text."""
-    n = now[0]
-    if now[3] and history[now[2]] == token:
-        now[2] += 1
-        now[3] += 1
+    n = now[TOKENS]
+    if now[MATCH_LENGTH] and history[now[MATCH_AT]] == token:
+        now[MATCH_AT] += 1
+        now[MATCH_LENGTH] += 1
     else:
-        now[3] = 0
+        now[MATCH_LENGTH] = 0
     if n < SHORTEST_MATCH:
         return
     h = np.uint64(9)
     for k in range(1, SHORTEST_MATCH + 1):
         h = mix_hash(h, history[n - k])
-    at, length = np.int64((h >> np.uint64(20)) % np.uint64(len(repeats))), 0
+    at, length = np.int64(h >> np.uint64(20)) & (len(repeats) - 1), 0
     before = np.int64(repeats[at])
-    if now[3] == 0 and before:
+    if now[MATCH_LENGTH] == 0 and before:
         while length < min(LONGEST_MATCH, before) and (
             history[before - 1 - length] == history[n - 1 - length]
         ):
             length += 1
-        now[2], now[3] = before, length if length >= SHORTEST_MATCH else 0
+        now[MATCH_AT], now[MATCH_LENGTH] = before, length if length >= SHORTEST_MATCH else 0
     repeats[at] = n
+
+
+@njit(cache=True)
+def net_logit(mass, node):
+    """The net's logit of a 1 at a node, from the masses below each."""
+    return STRETCH[min(max((mass[2 * node + 1] << 12) // mass[node], 0), 4095)]
+
+
+@njit(cache=True)
+def apm_rows(apm, node, before, leaves, rows):
+    """Where a decision's two rows begin in a head's maps: its node's, and its hash with t-1."""
+    h = mix_hash(np.uint64(before) << np.uint64(20), node) >> np.uint64(40)
+    rows[0] = node * 33
+    rows[1] = (leaves + np.int64(h) % (len(apm) // 33 - leaves)) * 33
 
 
 @njit(nogil=True, cache=True)
@@ -2217,121 +2288,83 @@ def code_tokens(state, tokens, rows, bos, mode, coder, buffer, nats):
     A node's probability depends on the past and on this token's earlier decisions only, so the
     products over all tokens sum to 1.
     """
-    (slot_rows, candidate_rows, leaf, token, inside, starts, slots, candidates, slot_map,
-     candidate_map, match_map, weights, visits, set_base, set_weights, apm, apm_hashed,
-     net_weights, net_base, repeats, history, now, words) = state  # fmt: skip
-    levels = 0
-    while 1 << levels < len(token):
+    (slot_rows, candidate_rows, leaf, token, inside, starts, slots, candidates, maps,
+     weights, visits, apm, repeats, history, now, words) = state  # fmt: skip
+    leaves, levels, heads = len(token), 0, 2 if len(rows) else 1
+    while 1 << levels < leaves:
         levels += 1
-    x, dots = np.zeros(WIDTH, np.float32), np.zeros(SETS, np.float32)
-    sets, net_sets = np.zeros(SETS, np.int64), np.zeros(NET_SETS, np.int64)
-    keys, slot = np.zeros(SLOTS, np.uint64), np.zeros(SLOTS, np.int64)
-    slot_keys, touched = np.zeros(SLOTS, np.uint64), np.uint32(0)
-    slot_cells, refined = np.zeros(SLOTS, np.int64), np.zeros(2, np.int64)
-    found, candidate_cells = np.zeros(CANDIDATES, np.int64), np.zeros(CANDIDATES, np.int64)
-    mass, net_inputs = np.zeros(2 * len(token), np.int64), np.zeros(3, np.float32)
-    x[INPUTS - 1] = net_inputs[2] = np.float32(0.3)
-    shift = max(levels - CLASS_BITS, 0)
+    shift, touched, from_net = max(levels - CLASS_BITS, 0), np.uint32(0), np.float32(0)
+    keys, candidate_keys = np.zeros(SLOTS, np.uint64), np.zeros(CANDIDATES, np.uint64)
+    hashes, candidate_hashes = np.zeros(SLOTS, np.uint64), np.zeros(CANDIDATES, np.uint64)
+    slot, found = np.zeros(SLOTS, np.int64), np.zeros(CANDIDATES, np.int64)
+    said, sets, lines = np.zeros(EXPERTS, np.int64), np.zeros(SETS, np.int64), np.zeros(2, np.int64)
+    x, products = np.zeros(WIDTH, np.float32), np.zeros(WIDTH, np.float32)
+    mixed, p, cost = np.zeros(2, np.float32), np.zeros(2, np.int64), np.zeros(2)
+    refined, mass = np.zeros((2, 2), np.int64), np.zeros(2 * leaves, np.int64)
+    x[BIAS] = np.float32(0.3)
     for i in range(len(tokens)):
-        n, p_net = now[0], 0
-        for a in range(SLOTS):
-            keys[a] = context_key(slot_rows[a], history, now, words, leaf, bos, shift)
-        for c in range(CANDIDATES):
-            row = candidate_rows[c]
-            key = context_key(row, history, now, words, leaf, bos, shift)
-            found[c] = find(candidates, place(row, key), key, np.uint32(0))
-        before, age = recent(history, now, 1, bos), 0
-        while (n - now[1]) >> age > 1 and age < 15:
-            age += 1
-        foretold = np.int64(-1)
-        if now[3]:
-            foretold = leaf[history[now[2]]] | 1 << levels
-        if len(rows):
+        context_keys(slot_rows, history, now, words, leaf, bos, shift, keys)
+        context_keys(candidate_rows, history, now, words, leaf, bos, shift, candidate_keys)
+        touched += touch(candidates, candidate_rows, candidate_keys, 0, candidate_hashes, found)
+        before, before_2 = recent(history, now, 1, bos), recent(history, now, 2, bos)
+        foretold = leaf[history[now[MATCH_AT]]] | leaves if now[MATCH_LENGTH] else np.int64(-1)
+        if heads == 2:
             sum_tree(leaf, rows[i], mass)
-        node, at, cost, cost_net = 1, 1, 0.0, 0.0
-        target = leaf[tokens[i]] if mode != DECODE else 0
+        node, at, target = 1, 1, leaf[tokens[i]] if mode != DECODE else 0
+        cost[:] = 0
         for level in range(levels):
             if level % LEVELS == 0:
-                for a in range(SLOTS):  # one round of loads in flight at once hides their latency
-                    slot_keys[a] = mix_hash(keys[a], node)
-                    slot[a] = place(slot_rows[a], slot_keys[a])
-                    touched += slots[slot[a], 0]
-                for a in range(SLOTS):
-                    slot[a] = find(slots, slot[a], slot_keys[a], HALF)
+                touched += touch(slots, slot_rows, keys, node, hashes, slot)
+                if level == 0:
+                    find(candidates, candidate_hashes, found, 0xFFFF, 0)
+                find(slots, hashes, slot, 15, UNSEEN)
                 at = 1
-            if inside[2 * node + 1] == 0:
+            if inside[2 * node + 1] == 0:  # no token there: nothing to decide
                 node, at = 2 * node, 2 * at
                 continue
-            seen = slot_inputs(slots, slot_map, slot, at, level, levels, x, slot_cells)
-            more, agree = candidate_inputs(
-                candidates, candidate_map, found, node, level, levels, x, candidate_cells
-            )
-            match_cell, length, side = -1, 0, 0
-            x[2 * SLOTS + CANDIDATES] = np.float32(0)
-            if foretold >> (levels - level) == node:
-                side = foretold >> (levels - level - 1) & 1
-                match_cell, length = level * 64 + min(now[3], 63), min(1 + now[3] // 4, 15)
-                s = stretched(match_map[match_cell])
-                x[2 * SLOTS + CANDIDATES] = s if side else -s
-            sets[0], sets[1], sets[2] = (
-                node,
-                length * levels + level,
-                (seen + more) * levels + level,
-            )
-            sets[3], sets[4], sets[5] = before, recent(history, now, 2, bos), agree
-            sets[6], sets[7] = 0, age * len(token) + node
-            for a in range(2, 5):
-                count = slots[slot[a], at] & np.uint32(1023)
-                sets[6] = sets[6] * 10 + COUNT_BUCKET[count]
-            mixed = np.float32(0)
-            for k in range(SETS):
-                sets[k] += set_base[k]
-                dots[k] = clamp(dot(weights, sets[k], x))
-                mixed += dots[k] * set_weights[node, k]
-            mixed = clamp(mixed)
-            p = refine(apm, apm_hashed, node, before, mixed, refined)
-            p_out = p
-            if len(rows):
-                p_net = min(max((mass[2 * node + 1] << 16) // mass[node], 1), 65535)
-                sure = min(max(np.int64(STRETCH[p_net >> 4] + np.float32(8)), 0), 15)
-                net_sets[0], net_sets[1] = node, level * 16 + sure
-                net_sets[2] = level * (SLOTS + CANDIDATES + 1) + seen + more
-                net_sets += net_base[:NET_SETS]
-                p_out = with_net(net_weights, net_sets, p, p_net, net_inputs)
+            seen = slot_inputs(slots, maps, slot, at, level, levels, x, said)
+            candidate_inputs(candidates, maps, found, node, level, levels, x, said)
+            match_input(maps, foretold, now[MATCH_LENGTH], node, level, levels, x, said)
+            choose_sets(slots, slot, at, node, level, levels, seen, before, before_2, sets)
+            apm_rows(apm[0], node, before, leaves, lines)
+            if heads == 2:
+                from_net = net_logit(mass, node)
+            for h in range(heads):
+                x[NET] = from_net if h else np.float32(0)
+                mixed[h] = mix_inputs(weights[h], sets, x, products)
+                p[h] = refine(apm[h], lines, mixed[h], refined[h])
             bit = target >> (levels - level - 1) & 1
             if mode != SCORE:
-                bit = code_bit(coder, buffer, mode, p_out, bit)
-            cost -= math.log((p if bit else 65536 - p) / 65536)
-            cost_net -= math.log((p_out if bit else 65536 - p_out) / 65536)
+                bit = code_bit(coder, buffer, mode, p[heads - 1], bit)
             # Everything below learns from the bit, which is coded by now.
-            if len(rows):
-                error = np.float32(bit * 65536 - p_out) * np.float32(NET_RATE / 65536)
-                for k in range(NET_SETS):
-                    for j in range(3):
-                        net_weights[net_sets[k], j] += error * net_inputs[j]
-            error = np.float32(bit * 65536 - squashed(mixed)) * np.float32(FINAL_RATE / 65536)
-            for k in range(SETS):
-                error_k = np.float32(bit * 65536 - squashed(dots[k])) * np.float32(1 / 65536)
-                learn_weights(weights, visits, sets[k], x, error_k)
-                set_weights[node, k] += error * dots[k]
-            learn_bit(apm, refined[0], bit, APM_LIMIT)
-            learn_bit(apm_hashed, refined[1], bit, APM_LIMIT)
-            for a in range(SLOTS):
-                if slots[slot[a], at] & np.uint32(1023):
-                    learn_bit(slot_map, slot_cells[a], bit, MAP_LIMIT)
-                learn_bit(slots[slot[a]], at, bit, SLOT_LIMIT)
-            for c in range(CANDIDATES):
-                if x[2 * SLOTS + c] != 0:
-                    learn_bit(candidate_map, candidate_cells[c], bit, MAP_LIMIT)
-            if match_cell >= 0:
-                learn_bit(match_map, match_cell, np.int64(bit == side), MAP_LIMIT)
+            for h in range(heads):
+                cost[h] -= math.log((p[h] if bit else 65536 - p[h]) / 65536)
+                x[NET] = from_net if h else np.float32(0)
+                error = np.float32(bit * 65536 - squashed(mixed[h])) * np.float32(1 / 65536)
+                learn_weights(weights[h], visits[h], sets, x, error)
+                learn_bit(apm[h], refined[h, 0], bit, APM_LIMIT)
+                learn_bit(apm[h], refined[h, 1], bit, APM_LIMIT)
+            for e in range(EXPERTS):
+                if said[e] >= 0:
+                    learn_bit(maps, said[e], bit, MAP_LIMIT)
+            dice = ((now[TOKENS] * 16 + level) * 0x9E3779B1 >> 12) & 0xFFFF
+            learn_slots(slots, slot, at, bit, dice)
             node, at = 2 * node + bit, 2 * at + bit
         if mode == DECODE:
-            tokens[i] = token[node - len(token)]
-        nats[i, 0], nats[i, 1] = cost, cost_net
+            tokens[i] = token[node - leaves]
+        nats[i, 0], nats[i, 1] = cost[0], cost[heads - 1]
         remember(candidates, found, leaf[tokens[i]], tokens[i], starts, history, now, words, bos)
         follow_match(history, now, repeats, tokens[i])
     return touched
+
+
+def join_net(state: Mixer) -> None:
+    """Let the net in: the head that hears it starts as a copy of the other."""
+    for table in (state.weights, state.visits, state.apm):
+        table[1] = table[0]
+    state.weights[1] *= OTHERS
+    state.weights[1, :, NET] = NET_WEIGHT / SETS
+    state.now[JOINED] = 1
 
 
 def token_tree(text: Any, vocab: int) -> Any:
@@ -2385,43 +2418,51 @@ def context_rows(contexts: tuple[Context, ...], regions: tuple[tuple[int, int], 
     return np.array(rows, np.int64)
 
 
+def table_rows(n: int, dtype: Any) -> Any:
+    """Zeros (n, 8) from the start of a cache line, in huge pages where NumPy asks for them."""
+    size = 8 * n * np.dtype(dtype).itemsize
+    raw = np.empty(size + 64, np.uint8)
+    raw[:] = 0
+    skip = -raw.ctypes.data % 64
+    return raw[skip : skip + size].view(dtype).reshape(n, 8)
+
+
+def new_maps(levels: int) -> Any:
+    """Cells of what experts say, as if it were true: slots', candidates', the match's."""
+    grid = cells(SQUASH[3072 + (np.arange(32) * 2 - 31) * 64])
+    evidence = np.array([0, 10, 20, 30, 40, 55, 80, 130, 220, 400])
+    odds = (evidence + 4) * 65536 // (evidence[:, None] + evidence + 8)
+    return np.concatenate([
+        np.tile(grid, SLOTS * levels * 16),
+        np.tile(np.repeat(cells(odds).reshape(-1), 2), CANDIDATES * levels),
+        np.tile(cells([16384, 49152]), levels * 64),
+    ])  # fmt: skip
+
+
 def new_mixer(tokens: Tokens, leaf: Any, capacity: int, memory_mb: int) -> Mixer:
     """An empty mixer for `capacity` tokens of history; its tables take about `memory_mb` MiB."""
     unit, leaves = memory_mb << 20, 1 << max(tokens.vocab - 1, 1).bit_length()
     levels = leaves.bit_length() - 1
-    slots, found = (unit * 15 // 16 >> LEVELS + 2) & ~1, unit // 16 // 32 & ~1
-    local = min(1 << 21 - LEVELS, slots // 8 & ~1)
+    slots, found = unit // 16 * 15 // 16 // WAYS * WAYS, unit // 16 // 32 // WAYS * WAYS
+    local = min(1 << 19, slots // 8 // WAYS * WAYS)
     token = np.full(leaves, -1, np.int64)
     token[leaf] = np.arange(tokens.vocab)
     inside = np.concatenate([np.zeros(leaves, np.int64), token >= 0])
     for node in range(leaves - 1, 0, -1):
         inside[node] = inside[2 * node] + inside[2 * node + 1]
-    grid = cells(SQUASH[(np.arange(32) * 2 - 31) * 1024 // 24 + 2048])
-    evidence = np.array([0, 10, 20, 30, 40, 55, 80, 130, 220, 400])
-    odds = (evidence + 4) * 65536 // (evidence[:, None] + evidence + 8)
-    candidate = np.repeat(cells(odds).reshape(-1), 3)
-    apm = cells(SQUASH[np.clip((np.arange(33) - 16) * 2048 // 24 + 2048, 0, 4095)])
-    experts = SLOTS + CANDIDATES + 1
-    set_rows = [leaves, 16 * levels, experts * levels, tokens.vocab, tokens.vocab, 4**CANDIDATES,
-                1000, 16 * leaves]  # fmt: skip
-    net_rows = [leaves, 16 * levels, experts * levels]
-    net_weights = np.tile(np.array([0.9, 0.1, 0], np.float32), (sum(net_rows), 1))
+    apm = cells(SQUASH[3072 + (np.arange(33) - 16) * 128])
+    set_rows = 10 * leaves + levels * (SLOTS + 1) + 8 ** len(COUNTED)
     return Mixer(
         slot_rows=context_rows(SLOT_CONTEXTS, ((local, slots - local), (0, local))),
         candidate_rows=context_rows(CANDIDATE_CONTEXTS, ((0, found), (0, found))),
         leaf=leaf, token=token, inside=inside, starts=tokens.leading,
-        slots=np.zeros((slots, 1 << LEVELS), np.uint32), candidates=np.zeros((found, 8), np.uint32),
-        slot_map=np.tile(grid, SLOTS * levels * 10),
-        candidate_map=np.tile(candidate, CANDIDATES * levels),
-        match_map=np.full(levels * 64, cells(49152)),
-        weights=np.full((sum(set_rows), WIDTH), 0.15, np.float32),
-        visits=np.zeros(sum(set_rows), np.float32), set_base=np.cumsum([0, *set_rows]),
-        apm=np.tile(apm, leaves),
-        set_weights=np.full((leaves, SETS), 1 / SETS, np.float32),
-        apm_hashed=np.tile(apm, min(1 << 16, unit // 1024)),
-        net_weights=net_weights, net_base=np.cumsum([0, *net_rows]),
-        repeats=np.zeros(min(1 << 24, max(unit // 64, 64)), np.int32),
-        history=np.zeros(capacity, np.int32), now=np.zeros(4, np.int64),
+        slots=table_rows(slots, np.uint16), candidates=table_rows(found, np.uint32),
+        maps=new_maps(levels),
+        weights=np.full((2, set_rows, WIDTH), 0.15 / SETS, np.float32),
+        visits=np.zeros((2, set_rows), np.float32),
+        apm=np.tile(apm, (2, leaves + min(1 << 14, unit // 1024))),
+        repeats=np.zeros(min(1 << 24, 1 << max(unit // 128, 64).bit_length()), np.int32),
+        history=np.zeros(capacity, np.int32), now=np.zeros(5, np.int64),
         words=np.full(2, 1 << 50, np.uint64),
     )  # fmt: skip
 
@@ -2469,12 +2510,14 @@ class LogisticMixer:
         logs (m, V) float32: the net's, if it takes part. Returns (m, 2) float64 nats a token, by
         the contexts alone and by all.
         """
-        if self.state.now[0] + len(tokens) > len(self.state.history):
+        if self.state.now[TOKENS] + len(tokens) > len(self.state.history):
             raise ValueError(f"more than the {len(self.state.history)} tokens announced")
         if len(tokens) and not 0 <= tokens.min() <= tokens.max() < self.vocab:
             raise ValueError(f"a token outside the vocabulary of {self.vocab}")
         rows = np.zeros((0, self.vocab), np.uint32)
         if logs is not None:
+            if not self.state.now[JOINED]:
+                join_net(self.state)
             rows = (np.exp(np.minimum(logs, 0)) * np.float32(1 << 30)).astype(np.uint32)
         coder, scoring = coder or Coder(), coder is None
         nats = np.zeros((len(tokens), 2))
@@ -2496,7 +2539,7 @@ class LogisticMixer:
     @property
     def learned(self) -> int:
         """Tokens learned so far."""
-        return int(self.state.now[0])
+        return int(self.state.now[TOKENS])
 
     def save(self) -> Mixer:
         """A copy of the state."""

@@ -158,8 +158,9 @@ def test_a_whole_evaluation_passes(tmp_path, env, mode):
 # --------------------------------------------------------------------------------------------------
 # Cheats in the score
 
-SLOT_KEY = "keys[a] = context_key(slot_rows[a], history, now, words, leaf, bos, shift)"
-SLOT_INPUTS = "seen = slot_inputs(slots, slot_map, slot, at, level, levels, x, slot_cells)"
+SLOT_KEYS = "        context_keys(slot_rows, history, now, words, leaf, bos, shift, keys)\n"
+SLOT_INPUTS = "            seen = slot_inputs(slots, maps, slot, at, level, levels, x, said)\n"
+BIT = "target >> (levels - level - 1) & 1"
 ALL_COSTS = "return np.column_stack([net, self.code(tokens.astype(np.int64), logs)])"
 NET_COSTS = (
     "return np.repeat(-logs[np.arange(len(tokens)), tokens].astype(np.float64)[:, None], 3, 1)"
@@ -175,7 +176,7 @@ WINDOW = "yield first + stride - seq_len, first, min(first + stride, targets)"
 CHEATS = {
     # The key of a hashed context holds the token that is to be predicted.
     "target in the hash key, logistic": (
-        LOGISTIC, [(SLOT_KEY, f"{SLOT_KEY[:10]}mix_hash({SLOT_KEY[10:]}, tokens[i])")],
+        LOGISTIC, [(SLOT_KEYS, f"{SLOT_KEYS}        keys[1] = mix_hash(keys[1], tokens[i])\n")],
         ["code_tokens"], "normalisation"),
     "target in the key, backoff": (
         BACKOFF, [(COUNT, "count = context.total if pair and nodes[pair].count else 0")],
@@ -202,11 +203,16 @@ CHEATS = {
     # The weight is a function of the token that is to be predicted.
     "gate sees the target, backoff": (
         LEARNED, [("odds, level = top[i] -", "odds, level = net[i] -")], ["mix"], "normalisation"),
+    # The net's part in the mix depends on whether it is right.
+    "gate sees the target, logistic": (
+        LOGISTIC, [("                from_net = net_logit(mass, node)\n",
+                    "                from_net = net_logit(mass, node)\n"
+                    f"                from_net *= (from_net > 0) == ({BIT})\n")],
+        ["code_tokens"], "normalisation"),
     # What was counted is asked.
     "update before scoring, logistic": (
-        LOGISTIC, [(SLOT_INPUTS, "for a in range(SLOTS):\n                learn_bit(slots[slot[a]],"
-                    " at, target >> (levels - level - 1) & 1, SLOT_LIMIT)\n            "
-                    + SLOT_INPUTS)],
+        LOGISTIC,
+        [(SLOT_INPUTS, f"            learn_slots(slots, slot, at, {BIT}, 0)\n{SLOT_INPUTS}")],
         ["code_tokens"], "normalisation"),
     "update before scoring, backoff": (
         BACKOFF, [(LEARN, ""), (ASK, LEARN[18:].replace("    learn", "learn", 1) + ASK)],
@@ -330,7 +336,7 @@ def test_messages_that_do_not_hold_are_caught(decoded):
 
 
 def test_a_claim_below_the_code_is_caught(tmp_path):
-    honest = "cost_net -= math.log((p_out if bit else 65536 - p_out) / 65536)"
+    honest = "cost[h] -= math.log((p[h] if bit else 65536 - p[h]) / 65536)"
     module = planted(tmp_path, [(honest, honest.replace("-= ", "-= 0.7 * "))], ["code_tokens"])
     ours = evaluation_of(module, tmp_path, LOGISTIC)
     message, text = ours.message(None), ours.validation.text
