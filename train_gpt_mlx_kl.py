@@ -143,7 +143,12 @@ class Knobs:
     warmup_steps: int = knob(20, "steps run and thrown away before the clock starts")
     warmdown_iters: int = knob(3500, "last steps, over which the learning rate falls to 0")
     train_log_every: int = knob(200, "steps between train lines; 0: none")
-    complement_alpha: float = knob(0.5, "loss weight 1 - a * P_bigram(target); 0: off", hi=1)
+    complement_alpha: float = knob(0.5, "loss weight 1 - a * P(target) of COMPLEMENT_BY", hi=1)
+    complement_by: str = knob(
+        "bigram",
+        "counts of pairs, or the logistic mixer's contexts once they have packed a token",
+        choices="bigram contexts",
+    )
 
     num_layers: int = knob(11, "transformer blocks", lo=1, hi=96)
     model_dim: int = knob(512, "width D", lo=8, hi=8192)
@@ -352,6 +357,8 @@ def check_together(cfg: Knobs) -> list[str]:
         "RESUME=1 needs RUN_ID: which run should go on?": bool(cfg.run_id) or not cfg.resume,
         f"NGRAM_ALPHA={cfg.ngram_alpha}: must be from 0 to 1, or auto":
             re.fullmatch(r"auto|0|1|0?\.\d+|[01]\.0*", cfg.ngram_alpha) is not None,
+        "COMPLEMENT_BY=contexts needs MIXER=logistic, which packs text":
+            cfg.complement_by == "bigram" or cfg.mixer == "logistic",
     }  # fmt: skip
     return [problem for problem, holds in rules.items() if not holds]
 
@@ -663,9 +670,11 @@ class TrainWindows:
                             f"TRAIN_SEQ_LEN={seq_len}: add text or lower it")  # fmt: skip
         self.ends = np.cumsum(self.counts)
         self.epoch, self.order = -1, np.zeros(0, np.int64)
+        # P(token) by the contexts, of the first tokens of all shards in a row; 0: not known yet
+        self.foreseen = np.zeros(0, np.float16)
 
-    def window(self, index: int) -> Any:
-        """Window number `index` of the run: (seq_len + 1,) int32."""
+    def place(self, index: int) -> tuple[int, int]:
+        """(shard, its first token) of window number `index` of the run."""
         epoch, at = divmod(index, self.windows)
         if epoch != self.epoch:
             rng = np.random.default_rng([self.seed, epoch])
@@ -674,14 +683,27 @@ class TrainWindows:
         shard = int(np.searchsorted(self.ends, flat, side="right"))
         first = flat - int(self.ends[shard] - self.counts[shard])
         slack = (len(self.shards[shard]) - 1) % self.seq_len
-        start = first * self.seq_len + (epoch * 7919) % (slack + 1)
+        return shard, first * self.seq_len + (epoch * 7919) % (slack + 1)
+
+    def window(self, index: int) -> Any:
+        """Window number `index` of the run: (seq_len + 1,) int32."""
+        shard, start = self.place(index)
         tokens = self.shards[shard][start : start + self.seq_len + 1]
         return check_ids(tokens, self.vocab, self.paths[shard])
 
     def step(self, number: int, windows: int) -> Any:
         """The tokens of step `number`: (windows, seq_len + 1) int32."""
-        first = number * windows
-        return np.stack([self.window(first + i) for i in range(windows)])
+        return np.stack([self.window(number * windows + i) for i in range(windows)])
+
+    def step_foreseen(self, number: int, windows: int) -> Any:
+        """P(target) by the contexts in step `number`, 0 where not known: (windows, seq_len)."""
+        out = np.zeros((windows, self.seq_len), np.float32)
+        for i, row in enumerate(out):
+            shard, start = self.place(number * windows + i)
+            start += 1 + sum(len(s) for s in self.shards[:shard])
+            known = self.foreseen[start : start + self.seq_len]
+            row[: len(known)] = known
+        return out
 
 
 COUNTED_TOKENS = 100_000_000  # enough for bigrams, and two seconds of counting
@@ -705,15 +727,13 @@ def bigram_probability(data: TrainWindows) -> Any:
     return table
 
 
-def complementary_weights(tokens: Any, table: Any, alpha: float) -> Any:
-    """Loss weights of a step, mean 1: clip(1 - alpha * P_bigram, 0.1, 1) / mean.
+def complementary_weights(probability: Any, alpha: float) -> Any:
+    """Loss weights of a step, mean 1: clip(1 - alpha * P(target), 0.1, 1) / mean.
 
-    tokens (n, T + 1) int32, table (V, V) -> (n, T) float32. Dividing by the mean over the whole
-    step keeps the effective learning rate.
+    probability (n, T) float32, by a simpler model -> (n, T) float32. Dividing by the mean over the
+    whole step keeps the effective learning rate.
     """
-    if alpha == 0:
-        return np.ones((tokens.shape[0], tokens.shape[1] - 1), np.float32)
-    weights = np.clip(1 - alpha * table[tokens[:, :-1], tokens[:, 1:]], 0.1, 1)
+    weights = np.clip(1 - alpha * probability, 0.1, 1)
     return (weights / weights.mean()).astype(np.float32)
 
 
@@ -1501,11 +1521,20 @@ class Trainer:
         rate = hyper["average"]
         return new, opt, {n: average[n] + rate * (new[n] - average[n]) for n in new}
 
+    def loss_weights(self, tokens: Any, step: int) -> Any:
+        """Complementary weights of a step's targets: (windows, T) float32."""
+        if self.bigrams is None:
+            return np.ones((len(tokens), tokens.shape[1] - 1), np.float32)
+        probability = self.bigrams[tokens[:, :-1], tokens[:, 1:]]
+        if self.cfg.complement_by == "contexts":
+            foreseen = self.data.step_foreseen(step, self.windows)
+            probability = np.where(foreseen > 0, foreseen, probability)
+        return complementary_weights(probability, self.cfg.complement_alpha)
+
     def step_gradients(self, step: int, qat: bool) -> tuple[float, list[tuple[Arrays, Array]]]:
         """Step number `step`'s (plain loss, [(gradients, their squared norm)] of each share)."""
         tokens = self.data.step(step, self.windows)
-        weights = complementary_weights(tokens, self.bigrams, self.cfg.complement_alpha)
-        arrays = tokens[:, :-1], tokens[:, 1:], weights
+        arrays = tokens[:, :-1], tokens[:, 1:], self.loss_weights(tokens, step)
         parts: list[tuple[Any, ...]] = [()] * len(self.rounds[0])
         for pieces in self.rounds:
             batches = [tuple(mx.array(a[piece]) for a in arrays) for piece in pieces]
@@ -2952,7 +2981,7 @@ class Packer:
         self, data: TrainWindows, tokens: Tokens, cfg: Knobs, budget: int, workers: Workers
     ) -> None:
         self.tokens, self.cfg, self.budget, self.workers = tokens, cfg, budget, workers
-        self.shards, self.seconds, self.error = data.shards, 0.0, None
+        self.data, self.seconds, self.error = data, 0.0, None
         self.thread = threading.Thread(target=self.run, daemon=True)
         self.mixer: LogisticMixer | None = None
         self.code, self.count, self.leaf = Coder(), 0, np.arange(tokens.vocab)
@@ -2982,10 +3011,11 @@ class Packer:
     def pack(self) -> None:
         """Code documents, the likest to all the text last, until bytes or time run out."""
         parts, left = [], CONSIDERED_TOKENS
-        for shard in self.shards:
+        for shard in self.data.shards:
             parts.append(np.asarray(shard[:left], np.int32))
             left -= len(parts[-1])
         text = np.concatenate(parts)
+        self.data.foreseen = np.zeros(len(text), np.float16)
         self.leaf = token_tree(text[:2_000_000], self.tokens.vocab)
         at_most = max(self.time_left(), 0) * 4 * PACK_TOKENS_A_SECOND
         most = min(self.budget / 0.3, at_most, len(text))
@@ -2998,22 +3028,23 @@ class Packer:
                        self.time_left() * PACK_TOKENS_A_SECOND)  # fmt: skip
             batch, size = [], 0
             while size < plan and (span := next(documents, None)):
-                batch.append(text[slice(*span)])
+                batch.append(np.arange(*span))
                 size += len(batch[-1])
             if not batch:
                 break
-            self.code_batch(np.concatenate(batch[::-1]).astype(np.int64))
+            self.code_batch(text, np.concatenate(batch[::-1]))
 
-    def code_batch(self, tokens: Any) -> None:
-        """Code tokens in chunks, as long as bytes and time are left."""
-        while len(tokens) and self.time_left() > 0:
+    def code_batch(self, text: Any, places: Any) -> None:
+        """Code the tokens of these places in chunks, as long as bytes and time are left."""
+        while len(places) and self.time_left() > 0:
             room = self.budget - len(self.code.out) - 8  # 3 bytes a token: more than text takes
             size = min(PACK_CHUNK, room // 3, self.capacity - self.count)
             if size <= 0:
                 return
-            self.mixer.code(tokens[:size], None, self.code)
-            self.count += len(tokens[:size])
-            tokens = tokens[size:]
+            part, places = places[:size], places[size:]
+            nats = self.mixer.code(text[part].astype(np.int64), None, self.code)[:, 0]
+            self.data.foreseen[part] = np.exp(-nats)
+            self.count += len(part)
 
     def finish(self) -> Packed:
         """Wait for the thread; raises what went wrong in it."""

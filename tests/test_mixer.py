@@ -542,6 +542,10 @@ def test_packed_text_fits_and_is_text(vocab, budget):
     packed = packer.finish()
     assert workers.reserved == 0
     assert len(packed.code) <= max(budget, 4)
+    known = data.foreseen[data.foreseen > 0].astype(np.float64)
+    assert len(known) == packed.tokens
+    if packed.tokens:
+        assert abs(-np.log2(known).sum() / 8 - len(packed.code)) < 0.001 * packed.tokens + 8
     if budget == 5000:
         assert len(packed.code) > 2000
     m = t.LogisticMixer(facts(vocab), packed.leaf, packed.tokens + 1, 1)

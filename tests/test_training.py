@@ -237,13 +237,40 @@ def test_complementary_weights_equal_counting(tmp_path, rng, vocab, alpha):
     data = t.TrainWindows(paths, 16, 0, vocab)
     rows = data.step(0, 12)
     rows[0, :4] = vocab - 1, 0, vocab - 1, 0  # pairs that no shard holds
-    table = t.bigram_probability(data) if alpha else None
-    weights = t.complementary_weights(rows, table, alpha)
+    table = t.bigram_probability(data)
+    weights = t.complementary_weights(table[rows[:, :-1], rows[:, 1:]], alpha)
     assert weights.shape == (12, 16)
     assert abs(weights.mean(dtype=np.float64) - 1) < 1e-6
     expected = brute_force_weights([t.open_shard(path) for path in paths], rows, alpha)
     assert np.abs(weights - expected).max() < 1e-5
     assert (weights.std() > 0.02) == (alpha > 0)
+
+
+def test_what_the_contexts_foresee_belongs_to_its_token(tmp_path):
+    """Every token is its own place in the text."""
+    paths = [write_shard(tmp_path / f"x_train_{i}.bin", range(900 * i, 900 * (i + 1)))
+             for i in range(2)]  # fmt: skip
+    data = t.TrainWindows(paths, 16, 0, 1800)
+    data.foreseen = np.arange(1200, dtype=np.float16)  # exact below 2048; the rest is not packed
+    for number in range(2 * data.windows // 10):
+        targets = data.step(number, 10)[:, 1:]
+        want = np.where(targets < 1200, targets, 0)
+        assert (data.step_foreseen(number, 10) == want).all()
+
+
+@pytest.mark.parametrize("by", ["bigram", "contexts"])
+def test_loss_weights_follow_the_chosen_partner(make_trainer, by):
+    trainer = make_trainer(COMPLEMENT_ALPHA=1, COMPLEMENT_BY=by)
+    trainer.data.foreseen = np.full(trainer.data.tokens, 0.5, np.float16)
+    trainer.data.foreseen[::2] = 0  # not packed
+    tokens = trainer.data.step(3, trainer.windows)
+    p = trainer.bigrams[tokens[:, :-1], tokens[:, 1:]]
+    if by == "contexts":
+        known = trainer.data.step_foreseen(3, trainer.windows)
+        assert 0.4 < (known > 0).mean() < 0.6
+        p = np.where(known > 0, 0.5, p)
+    weights = np.clip(1 - p, 0.1, 1)
+    np.testing.assert_allclose(trainer.loss_weights(tokens, 3), weights / weights.mean(), rtol=1e-5)
 
 
 # --------------------------------------------------------------------------------------------------
