@@ -201,7 +201,7 @@ class Knobs:
 
     mixer: str = knob("logistic", "context models at evaluation", choices="logistic backoff off")
     ngram_mixer_enabled: bool = knob(True, "0 is the same as MIXER=off")
-    mixer_memory_mb: int = knob(2100, "logistic: MiB of tables", lo=1, hi=1 << 20)
+    mixer_memory_mb: int = knob(2100, "logistic: MiB of tables", lo=1, hi=1 << 15)
     pack_text_bytes: int = knob(-1, "logistic: bytes of training text; -1: all that is left", lo=-1)
     ngram_max_order: int = knob(4, "backoff: tokens of the longest context", lo=1, hi=8)
     ngram_alpha: str = knob("0.25", "backoff: the n-gram model's weight, or `auto`: learned")
@@ -331,6 +331,8 @@ def knobs_from_env(env: dict[str, str], base: Any = None) -> tuple[Knobs, list[s
     for mixer, names in MIXER_KNOBS.items():
         idle = [name for name in names if name in given and cfg.mixer != mixer]
         warnings += [f"{name.upper()} has no effect with MIXER={cfg.mixer}" for name in idle]
+    if "complement_by" in given and not cfg.complement_alpha:
+        warnings.append("COMPLEMENT_BY has no effect with COMPLEMENT_ALPHA=0")
     problems += unknown + check_together(cfg)
     if problems:
         raise UserError("\n".join(problems))
@@ -358,7 +360,7 @@ def check_together(cfg: Knobs) -> list[str]:
         f"NGRAM_ALPHA={cfg.ngram_alpha}: must be from 0 to 1, or auto":
             re.fullmatch(r"auto|0|1|0?\.\d+|[01]\.0*", cfg.ngram_alpha) is not None,
         "COMPLEMENT_BY=contexts needs MIXER=logistic, which packs text":
-            cfg.complement_by == "bigram" or cfg.mixer == "logistic",
+            cfg.complement_by == "bigram" or cfg.mixer == "logistic" or cfg.eval_only != "",
     }  # fmt: skip
     return [problem for problem, holds in rules.items() if not holds]
 
@@ -366,6 +368,12 @@ def check_together(cfg: Knobs) -> list[str]:
 def eval_length(cfg: Knobs) -> int:
     """Tokens a window at evaluation."""
     return cfg.eval_seq_len or cfg.train_seq_len
+
+
+def eval_shape(cfg: Knobs, mode: str) -> tuple[int, int]:
+    """(tokens a window, tokens from one window to the next) of an EVAL_MODE."""
+    length = eval_length(cfg)
+    return length, length if mode == "standard" else min(cfg.eval_stride, length)
 
 
 def knob_table(title: str, row: str) -> str:
@@ -564,6 +572,8 @@ def load_tokenizer(path: Path) -> Tokens:
     except (OSError, RuntimeError) as error:
         raise UserError(f"TOKENIZER_PATH={path}: no SentencePiece model ({error})") from None
     ids = list(range(model.vocab_size()))
+    if len(ids) > 1 << 16:
+        raise UserError(f"TOKENIZER_PATH={path}: {len(ids)} pieces, more than 16-bit tokens hold")
     pieces = model.id_to_piece(ids)
     control = np.any([model.is_control(ids), model.is_unknown(ids), model.is_unused(ids)], axis=0)
     size = [
@@ -637,7 +647,10 @@ def make_stdlib() -> None:
 
 def read_manifest(path: Path) -> dict[str, Any]:
     """What data/prepare.py wrote beside its shards; {} where there is none."""
-    return json.loads(path.read_text()) if path.is_file() else {}
+    try:
+        return dict(json.loads(path.read_text())) if path.is_file() else {}
+    except (ValueError, TypeError):
+        raise UserError(f"{path}: not a manifest: make the shards again or remove it") from None
 
 
 def tokenizer_beside(folder: Path) -> Path:
@@ -1861,7 +1874,7 @@ class BackoffMixer:
 # LOGISTIC MIXER: a token is a path of binary decisions; experts are mixed at each, as logits
 # ==================================================================================================
 
-# Encoder and decoder must agree to the bit on every machine. So all that the tables learn from is
+# Encoder and decoder must agree to the bit on every machine. So all that priming learns from is
 # integers, or single float32 operations in a fixed order; logarithms of tables are `decimal`'s,
 # which rounds correctly everywhere. No compiler may fuse or reorder them: no `fastmath` here.
 
@@ -1882,24 +1895,18 @@ class Context(NamedTuple):
 
 
 SLOT_CONTEXTS = (
-    Context("order 0"),
     Context("order 1", tokens=0b1),
     Context("order 2", tokens=0b11),
     Context("order 3", tokens=0b111),
     Context("word", words=1),
     Context("word pair", words=2),
-    Context("t-2", tokens=0b10),
     Context("t-1 and class of t-2", tokens=0b1, classes=0b10),
-    Context("classes of t-1, t-2", classes=0b11),
     Context("document", document=True),
     Context("document, order 1", tokens=0b1, document=True),
-    Context("document, word", words=1, document=True),
     Context("document, order 2", tokens=0b11, document=True),
 )
 CANDIDATE_CONTEXTS = (
-    Context("candidates, order 3", tokens=0b111),
     Context("candidates, order 4", tokens=0b1111),
-    Context("candidates, word pair", words=2),
     Context("candidates, document, word", words=1, document=True),
 )
 SLOTS, CANDIDATES = len(SLOT_CONTEXTS), len(CANDIDATE_CONTEXTS)
@@ -1913,7 +1920,7 @@ LEVELS = 3  # decisions that share a slot: a tag and 7 nodes are 16 bytes
 WAYS = 4  # rows of a table in which a key may be: 4 slots are a cache line
 UNSEEN = 2048 << 4  # a slot's cell: 12 bits of logit, in 256ths from -8; 4 of a count's logarithm
 COUNTED = tuple(a for a, c in enumerate(SLOT_CONTEXTS) if c.name in ("order 2", "order 3", "word"))
-SETS = 5  # weight sets, see `choose_sets`
+SETS = 6  # weight sets, see `choose_sets`
 SCORE, ENCODE, DECODE = 0, 1, 2
 TOKENS, DOCUMENT, MATCH_AT, MATCH_LENGTH, JOINED = range(5)  # what `Mixer.now` holds
 
@@ -2010,8 +2017,8 @@ def learn_slots(slots, slot, at, bit, dice):
         count = cell & 15
         if bit:
             after = np.int64(AFTER_1[cell])
-        else:  # the mirror image; the least logit has none
-            after = 65536 - np.int64(AFTER_1[min(65536 - cell + 2 * count, 65535)])
+        else:  # the mirror image; no logit is the least, which has none
+            after = 65536 - np.int64(AFTER_1[65536 - cell + 2 * count])
         slots[slot[a], at] = after | (count + (dice < ADVANCE[count]))
 
 
@@ -2141,7 +2148,7 @@ def match_input(maps, foretold, length, node, level, levels, x, said):
 
 
 @njit(cache=True)
-def choose_sets(slots, slot, at, node, level, levels, seen, before, before_2, sets):
+def choose_sets(slots, slot, at, node, level, levels, seen, before, before_2, age, sets):
     """Rows of weights for a decision, one of each set, the sets one after the other."""
     leaves, counts = 1 << levels, 0
     for a in COUNTED:
@@ -2149,8 +2156,9 @@ def choose_sets(slots, slot, at, node, level, levels, seen, before, before_2, se
     sets[0] = node
     sets[1] = leaves + before_2
     sets[2] = 2 * leaves + before * 8 + min(level, 7)
-    sets[3] = 10 * leaves + level * (SLOTS + 1) + seen
-    sets[4] = 10 * leaves + levels * (SLOTS + 1) + counts
+    sets[3] = 10 * leaves + age * leaves + node
+    sets[4] = 18 * leaves + level * (SLOTS + 1) + seen
+    sets[5] = 18 * leaves + levels * (SLOTS + 1) + counts
 
 
 @njit(cache=True)
@@ -2297,7 +2305,7 @@ def follow_match(history, now, repeats, token):
 @njit(cache=True)
 def net_logit(mass, node):
     """The net's logit of a 1 at a node, from the masses below each."""
-    return STRETCH[min(max((mass[2 * node + 1] << 12) // mass[node], 0), 4095)]
+    return STRETCH[(mass[2 * node + 1] << 12) // mass[node]]
 
 
 @njit(cache=True)
@@ -2336,6 +2344,9 @@ def code_tokens(state, tokens, rows, bos, mode, coder, buffer, nats):
         context_keys(candidate_rows, history, now, words, leaf, bos, shift, candidate_keys)
         touched += touch(candidates, candidate_rows, candidate_keys, 0, candidate_hashes, found)
         before, before_2 = recent(history, now, 1, bos), recent(history, now, 2, bos)
+        age, length = 0, now[TOKENS] - now[DOCUMENT]
+        while length >> 2 * age > 3 and age < 7:
+            age += 1
         foretold = leaf[history[now[MATCH_AT]]] | leaves if now[MATCH_LENGTH] else np.int64(-1)
         if heads == 2:
             sum_tree(leaf, rows[i], mass)
@@ -2354,7 +2365,7 @@ def code_tokens(state, tokens, rows, bos, mode, coder, buffer, nats):
             seen = slot_inputs(slots, maps, slot, at, level, levels, x, said)
             candidate_inputs(candidates, maps, found, node, level, levels, x, said)
             match_input(maps, foretold, now[MATCH_LENGTH], node, level, levels, x, said)
-            choose_sets(slots, slot, at, node, level, levels, seen, before, before_2, sets)
+            choose_sets(slots, slot, at, node, level, levels, seen, before, before_2, age, sets)
             apm_rows(apm[0], node, before, leaves, lines)
             if heads == 2:
                 from_net = net_logit(mass, node)
@@ -2480,7 +2491,7 @@ def new_mixer(tokens: Tokens, leaf: Any, capacity: int, memory_mb: int) -> Mixer
     for node in range(leaves - 1, 0, -1):
         inside[node] = inside[2 * node] + inside[2 * node + 1]
     apm = cells(SQUASH[3072 + (np.arange(33) - 16) * 128])
-    set_rows = 10 * leaves + levels * (SLOTS + 1) + 8 ** len(COUNTED)
+    set_rows = 18 * leaves + levels * (SLOTS + 1) + 8 ** len(COUNTED)
     return Mixer(
         slot_rows=context_rows(SLOT_CONTEXTS, ((local, slots - local), (0, local))),
         candidate_rows=context_rows(CANDIDATE_CONTEXTS, ((0, found), (0, found))),
@@ -2532,6 +2543,8 @@ class LogisticMixer:
         """leaf (V,): see `token_tree`; capacity: tokens that it will ever see."""
         self.state, self.bos = new_mixer(tokens, leaf, capacity + 1, memory_mb), max(tokens.bos, 0)
         self.vocab = tokens.vocab
+        if self.bos >= self.vocab:
+            raise ValueError(f"BOS {self.bos} outside the vocabulary of {self.vocab}")
 
     def code(self, tokens: Any, logs: Any = None, coder: Coder | None = None) -> Any:
         """Score tokens (m,), or with a coder write them or read them into `tokens` (int64).
@@ -2539,6 +2552,8 @@ class LogisticMixer:
         logs (m, V) float32: the net's, if it takes part. Returns (m, 2) float64 nats a token, by
         the contexts alone and by all.
         """
+        if logs is not None and logs.shape != (len(tokens), self.vocab):
+            raise ValueError(f"{logs.shape} log-probabilities for {len(tokens)} tokens")
         if self.state.now[TOKENS] + len(tokens) > len(self.state.history):
             raise ValueError(f"more than the {len(self.state.history)} tokens announced")
         if len(tokens) and not 0 <= tokens.min() <= tokens.max() < self.vocab:
@@ -2570,6 +2585,10 @@ class LogisticMixer:
         """Tokens learned so far."""
         return int(self.state.now[TOKENS])
 
+    def read_sha256(self) -> str:
+        """SHA-256 of all tokens so far, as little-endian int32."""
+        return hashlib.sha256(self.state.history[: self.learned].astype("<i4")).hexdigest()
+
     def save(self) -> Mixer:
         """A copy of the state."""
         return Mixer(*(array.copy() for array in self.state))
@@ -2585,7 +2604,7 @@ class LogisticMixer:
 # ==================================================================================================
 
 CLIP_RATIOS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65)
-MAGIC, FORMAT_VERSION = b"MLXGOLF1", 2
+MAGIC, FORMAT_VERSION = b"MLXGOLF1", 3
 # Magic, version, compressor, SHA-256 of those two and the rest, bytes of the compressed model.
 PREFIX = struct.Struct("<8sHB32sQ")
 # Bytes a value after compression, for rows of Gaussian noise (measured, brotli 11).
@@ -2685,7 +2704,8 @@ def model_bytes(
     """The model before compression: JSON header, byte table, the mixer's tree, tensors."""
     rows, blobs = pack_tensors(params, groups, cfg)
     knobs = {k: v for k, v in dataclasses.asdict(cfg).items() if k not in LOCAL_KNOBS}
-    header = {"knobs": knobs, "tensors": rows, "packed_tokens": packed.tokens if packed else -1}
+    header = {"knobs": knobs, "tensors": rows}
+    header |= {"packed": [packed.tokens, packed.sha256]} if packed else {}
     facts = ("sha256", "bos", "vocab", "dummy_prefix")
     header["tokenizer"] = {name: getattr(tokens, name) for name in facts}
     text = json.dumps(header).encode()
@@ -2750,6 +2770,7 @@ class Packed:
 
     leaf: Any  # (V,) int64: the mixer's tree, see `token_tree`
     tokens: int
+    sha256: str  # of the text's tokens, little-endian int32
     code: bytes
 
 
@@ -2787,9 +2808,9 @@ def read_artifact(path: Path) -> Artifact:
     flags = np.frombuffer(raw, np.uint8, vocab, at + 2 * vocab)
     tokens = Tokens(sizes, (flags & 1) > 0, (flags & 2) > 0, **facts)
     at += 3 * vocab
-    if header["packed_tokens"] >= 0:
+    if "packed" in header:
         leaf = np.frombuffer(raw, "<u2", vocab, at).astype(np.int64)
-        packed = Packed(leaf, header["packed_tokens"], body[model_bytes:])
+        packed = Packed(leaf, *header["packed"], body[model_bytes:])
         at += 2 * vocab
     return Artifact(header, tokens, unpack_tensors(header["tensors"], raw[at:]), packed)
 
@@ -2909,24 +2930,29 @@ def costs(
             yield first, scorer.score(text[first + 1 : first + 1 + len(logs)], logs)
 
 
-def score(
-    parts: Iterator[tuple[int, Any]], text: Any, tokens: Tokens, show: Progress
-) -> dict[str, Any]:
-    """Add up costs; returns loss (nats/token), BPB of all, net and contexts, and the counts.
-
-    Raises AuditFailed unless the parts cover every target exactly once, in order.
-    """
-    nats, byte_count, done = np.zeros(3), 0, 0
+def covering(parts: Iterator[tuple[int, Any]], targets: int) -> Iterator[tuple[int, Any]]:
+    """The same parts. Raises AuditFailed unless they cover every target once, in order."""
+    done = 0
     for first, part in parts:
         if first != done:
             raise AuditFailed("coverage", f"target {done} was due, but {first} was scored")
+        yield first, part
+        done += len(part)
+    if done != targets:
+        raise AuditFailed("coverage", f"scored {done} of {targets} targets")
+
+
+def score(
+    parts: Iterator[tuple[int, Any]], text: Any, tokens: Tokens, show: Progress
+) -> dict[str, Any]:
+    """Add up costs; returns loss (nats/token), BPB of all, net and contexts, and the counts."""
+    nats, byte_count, done = np.zeros(3), 0, 0
+    for first, part in covering(parts, len(text) - 1):
         target = text[first + 1 : first + 1 + len(part)]
         nats += part.sum(axis=0)
         byte_count += int(tokens.bytes_of(text[first : first + len(part)], target).sum())
         done += len(part)
         show(done, len(text) - 1, bits_per_byte(float(nats[2]), max(byte_count, 1)))
-    if done != len(text) - 1:
-        raise AuditFailed("coverage", f"scored {done} of {len(text) - 1} targets")
     if not (byte_count and np.isfinite(nats).all()):
         raise RunFailed(f"no score: {nats} nats over {byte_count} bytes of validation text")
     net, contexts, bpb = (bits_per_byte(float(n), byte_count) for n in nats)
@@ -2940,7 +2966,7 @@ def score(
 
 PACK_CHUNK = 1 << 14  # tokens a call of the kernel
 CONSIDERED_TOKENS = 40_000_000  # of the training text; about 25 M fill an artifact
-WORST_TOKEN_BYTES = 0.65  # a token's code at the most, for planning
+SAMPLE_TOKENS = 1 << 17  # coded alone, they cost more a token than among many
 PACK_TOKENS_A_SECOND = 60_000  # at the least, for planning
 
 
@@ -2955,8 +2981,9 @@ def rank_documents(text: Any, vocab: int, bos: int, budget: int) -> Iterator[Any
     if len(starts) == 0 or starts[0] != 0:
         starts = np.concatenate([[0], starts])
     ends = np.append(starts[1:], len(text))
-    pairs = np.zeros(len(text), np.int64)
-    pairs[1:] = (text[:-1].astype(np.int64) * vocab + text[1:]) * 0x9E3779B1 >> 8 & 0xFFFF
+    pairs = np.zeros(len(text), np.uint16)
+    wide = text.astype(np.uint32)
+    pairs[1:] = (wide[:-1] * np.uint32(vocab) + wide[1:]) * np.uint32(0x9E3779B1) >> 16
     share = np.bincount(pairs, minlength=1 << 16) / len(text)
     taken, free, total = np.zeros(1 << 16), np.ones(len(starts), bool), 0
     while free.any() and total < budget:
@@ -2972,6 +2999,13 @@ def rank_documents(text: Any, vocab: int, bos: int, budget: int) -> Iterator[Any
             total += int(ends[i] - starts[i])
             taken += np.bincount(pairs[starts[i] : ends[i]], minlength=1 << 16)
         free[batch] = False
+
+
+def token_bytes(text: Any, tokens: Tokens, leaf: Any) -> float:
+    """Code bytes a token of a text (n,) by a small mixer that knows nothing else."""
+    mixer, coder = LogisticMixer(tokens, leaf, len(text), 64), Coder()
+    mixer.code(text.astype(np.int64), None, coder)
+    return (len(coder.out) + 1) / (len(text) + 1)
 
 
 class Packer:
@@ -3009,13 +3043,14 @@ class Packer:
         return clock - (time.perf_counter() - self.begin)
 
     def pack(self) -> None:
-        """Code documents, the likest to all the text last, until bytes or time run out."""
+        """Code documents until bytes or time run out, most of them in one batch, the best last."""
         parts, left = [], CONSIDERED_TOKENS
         for shard in self.data.shards:
-            parts.append(np.asarray(shard[:left], np.int32))
+            parts.append(check_ids(shard[:left], self.tokens.vocab, "training text"))
             left -= len(parts[-1])
         text = np.concatenate(parts)
-        self.data.foreseen = np.zeros(len(text), np.float16)
+        if self.cfg.complement_by == "contexts":
+            self.data.foreseen = np.zeros(len(text), np.float16)
         self.leaf = token_tree(text[:2_000_000], self.tokens.vocab)
         at_most = max(self.time_left(), 0) * 4 * PACK_TOKENS_A_SECOND
         most = min(self.budget / 0.3, at_most, len(text))
@@ -3023,8 +3058,9 @@ class Packer:
         room = self.capacity + MESSAGE_TOKENS + 1
         self.mixer = LogisticMixer(self.tokens, self.leaf, room, self.cfg.mixer_memory_mb)
         documents = rank_documents(text, self.tokens.vocab, self.tokens.bos, int(most))
+        rate = token_bytes(text[:SAMPLE_TOKENS], self.tokens, self.leaf)
         while self.budget - len(self.code.out) > 1000 and self.time_left() > 1:
-            plan = min((self.budget - len(self.code.out)) / WORST_TOKEN_BYTES,
+            plan = min((self.budget - len(self.code.out)) / rate,
                        self.time_left() * PACK_TOKENS_A_SECOND)  # fmt: skip
             batch, size = [], 0
             while size < plan and (span := next(documents, None)):
@@ -3033,6 +3069,7 @@ class Packer:
             if not batch:
                 break
             self.code_batch(text, np.concatenate(batch[::-1]))
+            rate = 1.05 * len(self.code.out) / max(self.count, 1)
 
     def code_batch(self, text: Any, places: Any) -> None:
         """Code the tokens of these places in chunks, as long as bytes and time are left."""
@@ -3043,7 +3080,8 @@ class Packer:
                 return
             part, places = places[:size], places[size:]
             nats = self.mixer.code(text[part].astype(np.int64), None, self.code)[:, 0]
-            self.data.foreseen[part] = np.exp(-nats)
+            if len(self.data.foreseen):
+                self.data.foreseen[part] = np.maximum(np.exp(-nats), 1e-7)  # 0: not known
             self.count += len(part)
 
     def finish(self) -> Packed:
@@ -3051,11 +3089,12 @@ class Packer:
         self.thread.join()
         if self.error:
             raise self.error
-        return Packed(self.leaf, self.count, self.code.finish())
+        digest = self.mixer.read_sha256() if self.mixer else ""
+        return Packed(self.leaf, self.count, digest, self.code.finish())
 
 
 def unpack(mixer: LogisticMixer, packed: Packed, label: str) -> None:
-    """Prime a mixer by decoding an artifact's text."""
+    """Prime a mixer by decoding an artifact's text. Raises AuditFailed if it is not that text."""
     coder, begin = Coder(packed.code), time.perf_counter()
     last = begin
     for at in range(0, packed.tokens, PACK_CHUNK):
@@ -3065,6 +3104,8 @@ def unpack(mixer: LogisticMixer, packed: Packed, label: str) -> None:
             last, share = time.perf_counter(), (at + size) / packed.tokens
             left = (last - begin) * (1 / share - 1)
             print(f"{label}: {at + size}/{packed.tokens} tokens, {left:.0f} s left", flush=True)
+    if mixer.read_sha256() != packed.sha256:
+        raise AuditFailed("paid text", "it does not decode to the text that was packed")
 
 
 # ==================================================================================================
@@ -3073,6 +3114,7 @@ def unpack(mixer: LogisticMixer, packed: Packed, label: str) -> None:
 
 MESSAGE_TOKENS = 256
 AUDIT_MEMORY_MB = 2
+MANY_TOKENS = 4096  # with a larger vocabulary, all of it is tried in one excerpt only
 
 
 class Message(NamedTuple):
@@ -3138,9 +3180,7 @@ class Audit:
 
     def trace(self, text: Any) -> tuple[Any, Any]:
         """Score an excerpt: (n - 1, 3) nats and the net's rows, (n - 1, V)."""
-        length = eval_length(self.cfg)
-        stride = length if self.cfg.eval_mode == "standard" else min(self.cfg.eval_stride, length)
-        shape, rows, nats, due = (length, stride, 2), [], [], 0
+        shape, rows = (*eval_shape(self.cfg, self.cfg.eval_mode), 2), []
 
         def keep(stream: Iterator[tuple[int, Any]]) -> Iterator[tuple[int, Any]]:
             for first, logs in stream:
@@ -3150,13 +3190,7 @@ class Audit:
         scorer = self.scorer(len(text))
         scorer.begin(int(text[0]))
         stream = net_stream(self.model, self.artifact.params, text, shape, self.workers)
-        for first, part in costs(keep(stream), text, scorer):
-            if first != due:
-                raise AuditFailed("coverage", f"target {due} was due, but {first} was scored")
-            nats.append(part)
-            due += len(part)
-        if due != len(text) - 1:
-            raise AuditFailed("coverage", f"scored {due} of {len(text) - 1} targets")
+        nats = [part for _, part in covering(costs(keep(stream), text, scorer), len(text) - 1)]
         return np.concatenate(nats), np.concatenate(rows)
 
     def scorer(self, capacity: int) -> Scorer:
@@ -3205,14 +3239,16 @@ class Audit:
         starts = np.flatnonzero(text[1:] == self.artifact.tokens.bos) + 1
         begins = [max(int(rng.choice(starts)) - 8, 0) if len(starts) else 0,
                   int(rng.integers(0, len(text))), len(text) - size]  # fmt: skip
+        begins, sums = [min(begin, len(text) - size) for begin in begins], 0
         for begin in begins:
-            begin = min(begin, len(text) - size)
             excerpt = text[begin : begin + size]
             last = len(excerpt) - 2
             for at in {min(7, last), int(rng.integers(0, last + 1)), last}:
                 self.causal(excerpt, at, rng)
-            self.normalised(excerpt, int(rng.integers(0, min(last, 64) + 1)))
-        return f"causal and normalised in {len(begins)} excerpts of {size} tokens"
+            if begin == begins[0] or self.artifact.tokens.vocab <= MANY_TOKENS:
+                self.normalised(excerpt, int(rng.integers(0, min(last, 64) + 1)))
+                sums += 1
+        return f"causal in {len(begins)} excerpts of {size} tokens, normalised in {sums}"
 
     def byte_count(self, text: Any, tokenizer: Path | None) -> str:
         """The byte table against the UTF-8 length of the decoded text."""
@@ -3224,7 +3260,8 @@ class Audit:
         model = sentencepiece.SentencePieceProcessor(model_file=str(tokenizer))
         parts = np.split(text, np.flatnonzero(text == tokens.bos))
         true = sum(len(model.decode(part.tolist()).encode()) for part in parts if len(part))
-        start = int(tokens.bytes_of(np.array([tokens.bos]), text[:1])[0])
+        prefix = tokens.dummy_prefix and tokens.leading[text[0]]
+        start = int(tokens.piece_bytes[text[0]]) - int(prefix)
         count = start + int(tokens.bytes_of(text[:-1], text[1:]).sum())
         if count != true:
             raise AuditFailed("bytes", f"the table gives {count}, the decoded text has {true}")
@@ -3351,9 +3388,8 @@ class Validation:
         scored: parts that `costs` would yield first, if they are known already.
         """
         done = sum(len(part) for _, part in scored)
-        begin, length = time.perf_counter(), eval_length(self.cfg)
-        stride = length if mode == "standard" else min(self.cfg.eval_stride, length)
-        stream = net_stream(self.model, params, self.text, (length, stride, batch), self.workers)
+        begin, shape = time.perf_counter(), (*eval_shape(self.cfg, mode), batch)
+        stream = net_stream(self.model, params, self.text, shape, self.workers)
         parts = costs(stream, self.text, scorer, done)
         show = show_progress(f"eval {mode}{self.part}")
         result = score(itertools.chain(scored, parts), self.text, self.tokens, show)
@@ -3439,21 +3475,23 @@ def train_and_export(
     if packer:
         packer.start(trainer.elapsed_s)
     train(trainer, validation)
-    if packer:
-        packed, seconds = packer.finish(), packer.seconds
-        report.line(f"packed {packed.tokens:,} tokens of training text into {len(packed.code):,} "
-                    f"bytes in {seconds:.0f} s")  # fmt: skip
     validation.during_training(trainer)
     meta = {"knobs": json.dumps(dataclasses.asdict(cfg)), "tokenizer_sha256": tokens.sha256}
     mx.save_safetensors(str(report.folder / "model.safetensors"), trainer.average, meta)
+    if packer:
+        if packer.thread.is_alive():
+            report.line("packing goes on until its bytes or MAX_WALLCLOCK_SECONDS are used up")
+        packed, seconds = packer.finish(), packer.seconds
+        report.line(f"packed {packed.tokens:,} tokens of training text into {len(packed.code):,} "
+                    f"bytes in {seconds:.0f} s")  # fmt: skip
     path = report.folder / "artifact.bin"
     export = write_artifact(path, trainer.average, trainer.groups, cfg, tokens, packed)
     export |= {"pack_seconds": seconds, "tokenizer_bytes": tokenizer.stat().st_size}
     report.event(export, EXPORT_LINE)
     trained = trainer.step * trainer.windows * cfg.train_seq_len
-    seconds = max(trainer.elapsed_s, seconds)
     made = {**export, "train_steps": trainer.step, "train_tokens": trained,
-            "train_seconds": seconds, "tok_s": trained / max(seconds, 1e-9)}  # fmt: skip
+            "train_seconds": max(trainer.elapsed_s, seconds),
+            "tok_s": trained / max(trainer.elapsed_s, 1e-9)}  # fmt: skip
     return made, packer.mixer if packer else None
 
 
@@ -3464,8 +3502,8 @@ def new_packer(trainer: Trainer, tokens: Tokens) -> Packer | None:
         return None
     net = estimate_bytes(trainer.params, trainer.groups, cfg)
     room = ARTIFACT_LIMIT_BYTES - net - net // 50 - 20_000 - 3 * tokens.vocab
-    budget = room if cfg.pack_text_bytes < 0 else cfg.pack_text_bytes
-    if budget > room:
+    budget = max(room, 0) if cfg.pack_text_bytes < 0 else cfg.pack_text_bytes
+    if budget > max(room, 0):
         raise UserError(f"PACK_TEXT_BYTES={cfg.pack_text_bytes}: script and net leave about {room}")
     return Packer(trainer.data, tokens, cfg, budget, trainer.workers)
 
@@ -3493,7 +3531,10 @@ class Evaluation:
         if cfg.mixer == "logistic" and not self.artifact.packed:
             raise UserError(f"MIXER=logistic: {path} was made with MIXER={made_with.mixer}")
         self.model = GPT(dataclasses.replace(cfg, use_ortho_init=False), tokens.vocab, tokens.bos)
-        self.model.load_weights(list(self.artifact.params.items()))  # checks names and shapes
+        try:
+            self.model.load_weights(list(self.artifact.params.items()))
+        except ValueError as error:
+            raise UserError(f"{path}: its tensors do not fit its settings: {error}") from None
         self.validation = Validation(cfg, self.model, tokens, self.folder, self.workers)
 
     def primed(self, label: str) -> Scorer:

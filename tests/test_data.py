@@ -5,6 +5,7 @@ import itertools
 import json
 import os
 import random
+import re
 import shutil
 from pathlib import Path
 
@@ -94,7 +95,8 @@ texts = st.text(
 @settings(deadline=None, max_examples=200)
 @given(st.sampled_from(sorted(MODELS)), st.lists(texts, min_size=1, max_size=4))
 def test_bytes_of_any_text(trained, name, texts):
-    assert_bytes_fit(*trained[name], texts)
+    # Decoding takes all spaces away from a text's start; a literal U+2581 there is read as one.
+    assert_bytes_fit(*trained[name], [re.sub(r"^\s*\u2581[\s\u2581]*", "", x) for x in texts])
 
 
 @pytest.mark.skipif(not TEST_DATA, reason="TEST_DATA_DIR is not set")

@@ -1,19 +1,20 @@
 """General compressors and this script's context models on one text, in one table.
 
-    DATA_PATH=... TOKENIZER_PATH=... python tests/benchmarks/mixer.py [training tokens, 0: all]
+    DATA_PATH=... TOKENIZER_PATH=... python tests/benchmarks/mixer.py [ARTIFACT]
 
 Systems read the same training tokens, then are charged for the validation text: see compressors.py
 for xz, PPMd and zpaq; a missing one is skipped by name. The backoff mixer learns online only.
-The last line is JSON, an object per row.
+With an artifact there are rows with its net. The last line is JSON, an object per row.
 """
 
+import functools
 import json
 import math
 import os
 import resource
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -29,57 +30,89 @@ def peak_mb() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
 
 
-def row(system: str, nats: float, val_bytes: int, seconds: float, tokens: int) -> dict:
+def row(system: str, nats: float, val_bytes: int, seconds: float, tokens: int, **more) -> dict:
     """A row of the table."""
-    bpb = t.bits_per_byte(nats, val_bytes)
-    rate = tokens / max(seconds, 1e-9)
-    return {"system": system, "bpb": bpb, "tok_s": rate, "memory_mb": peak_mb()}
+    figures = {"bpb": t.bits_per_byte(nats, val_bytes), "tok_s": tokens / max(seconds, 1e-9)}
+    return {"system": system, **figures, "memory_mb": peak_mb(), **more}
 
 
-def ours(tokens: t.Tokens, train: np.ndarray, val: np.ndarray) -> Iterator[dict]:
-    """Backoff online; logistic online and primed."""
-    val_bytes = int(tokens.bytes_of(val[:-1], val[1:]).sum())
-    flat = np.full((4096, tokens.vocab), -math.log(tokens.vocab), np.float32)
-    mixer = t.BackoffMixer(tokens.vocab, tokens.bos, 4, "kneser-ney", None, len(val))
-    mixer.begin(int(val[0]))
-    begin, nats = time.perf_counter(), 0.0
-    for at in range(1, len(val), 4096):
-        part = val[at : at + 4096]
-        nats += mixer.score(part, flat[: len(part)])[:, 1].sum()
-    yield row("backoff, order 4, online", nats, val_bytes, time.perf_counter() - begin, len(val))
+def scored(scorer: t.Scorer, val: np.ndarray, stream: Iterator) -> tuple[np.ndarray, float]:
+    """(nats by the net, the contexts, all; seconds) of a scorer over a stream of the net's rows."""
+    begin, nats = time.perf_counter(), np.zeros(3)
+    scorer.begin(int(val[0]))
+    for _, part in t.costs(stream, val, scorer):
+        nats += part.sum(axis=0)
+    return nats, time.perf_counter() - begin
+
+
+def flat(targets: int, vocab: int) -> Iterator[tuple[int, np.ndarray]]:
+    """A net that knows nothing."""
+    rows = np.full((4096, vocab), -math.log(vocab), np.float32)
+    for first in range(0, targets, 4096):
+        yield first, rows[: targets - first]
+
+
+def backoff(tokens: t.Tokens, val: np.ndarray) -> t.BackoffMixer:
+    """The backoff mixer as the presets have it."""
+    return t.BackoffMixer(tokens.vocab, tokens.bos, 4, "kneser-ney", None, len(val))
+
+
+def ours(tokens: t.Tokens, train: np.ndarray, val: np.ndarray, net: Callable | None) -> Iterator:
+    """Backoff online, logistic online and primed; `net` makes a stream of a net's rows."""
+    count, n = int(tokens.bytes_of(val[:-1], val[1:]).sum()), len(val) - 1
+    nats, seconds = scored(backoff(tokens, val), val, flat(n, tokens.vocab))
+    yield row("backoff, order 4, online", nats[1], count, seconds, n)
     leaf = t.token_tree(train[:2_000_000], tokens.vocab)
     t.LogisticMixer(tokens, leaf, 1, 1).begin(0)  # compiles
-    for text, name in ((train[:0], "online"), (train, "primed")):
-        mixer = t.LogisticMixer(tokens, leaf, len(text) + len(val), t.Knobs().mixer_memory_mb)
-        begin, coder = time.perf_counter(), t.Coder()
-        for at in range(0, len(text), t.PACK_CHUNK):
-            mixer.code(text[at : at + t.PACK_CHUNK].astype(np.int64), None, coder)
-        primed = time.perf_counter() - begin
-        begin = time.perf_counter()
-        mixer.begin(int(val[0]))
-        nats = float(mixer.code(val[1:].astype(np.int64))[:, 0].sum())
-        seconds = time.perf_counter() - begin
-        extra = {"priming_tok_s": len(text) / max(primed, 1e-9), "code_bytes": len(coder.finish())}
-        yield row(f"logistic, {name}", nats, val_bytes, seconds, len(val)) | (
-            extra if primed else {}
-        )
+    memory = t.Knobs().mixer_memory_mb
+    mixer = t.LogisticMixer(tokens, leaf, len(val), memory)
+    begin = time.perf_counter()
+    mixer.begin(int(val[0]))
+    nats = mixer.code(val[1:].astype(np.int64)).sum(axis=0)
+    yield row("logistic, online", nats[0], count, time.perf_counter() - begin, n)
+    mixer = t.LogisticMixer(tokens, leaf, len(train) + len(val), memory)
+    begin, coder = time.perf_counter(), t.Coder()
+    for at in range(0, len(train), t.PACK_CHUNK):
+        mixer.code(train[at : at + t.PACK_CHUNK].astype(np.int64), None, coder)
+    primed = {"priming_tok_s": len(train) / (time.perf_counter() - begin)}
+    primed |= {"code_bytes": len(coder.finish()), "memory_mb": peak_mb()}
+    state = mixer.save() if net else None
+    begin = time.perf_counter()
+    mixer.begin(int(val[0]))
+    nats = mixer.code(val[1:].astype(np.int64)).sum(axis=0)
+    yield row("logistic, primed", nats[0], count, time.perf_counter() - begin, n) | primed
+    if net:
+        mixer.restore(state)
+        nats, seconds = scored(mixer, val, net())
+        alone, own_seconds = scored(t.NetOnly(), val, net())
+        yield row("the net, alone", alone[0], count, own_seconds, n)
+        yield row("logistic, primed, with the net", nats[2], count, seconds, n)
+        nats, seconds = scored(backoff(tokens, val), val, net())
+        yield row("backoff, online, with the net", nats[2], count, seconds, n)
 
 
 def main() -> None:
     """Print the rows as they are measured, then all of them as JSON."""
     cfg, _ = t.knobs_from_env({**os.environ, "PRESET": "cpu"})
     folder, tokenizer, _ = t.locate_data(cfg)
-    tokens, most = t.load_tokenizer(tokenizer), int(sys.argv[1]) if len(sys.argv) > 1 else 0
+    tokens = t.load_tokenizer(tokenizer)
     train = np.concatenate([t.open_shard(p) for p in t.find_shards(folder, "train")])
-    train = train[-most:].astype(np.int32)
+    train = train.astype(np.int32)
     val, _ = t.load_validation(t.find_shards(folder, "val"), tokens, cfg.val_max_tokens)
-    table = []
-    for source in (ours(tokens, train, val),
-                   rows(decode(train, tokenizer), decode(val, tokenizer), SYSTEMS)):  # fmt: skip
-        for line in source:
-            print(" ".join(f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}"
-                           for k, v in line.items()), flush=True)  # fmt: skip
-            table.append(line)
+    with t.make_workers(cfg) as workers:
+        net, table = None, []
+        if len(sys.argv) > 1:
+            path = Path(sys.argv[1])
+            cfg, _ = t.knobs_from_env({}, base=t.read_artifact(path).header["knobs"])
+            of = t.Evaluation(cfg, path, folder, workers)
+            shape = t.eval_length(cfg), cfg.eval_stride, cfg.eval_batch_seqs
+            net = functools.partial(t.net_stream, of.model, of.artifact.params, val, shape, workers)
+        for source in (ours(tokens, train, val, net),
+                       rows(*(decode(x, tokenizer) for x in (train, val)), SYSTEMS)):  # fmt: skip
+            for line in source:
+                print(" ".join(f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}"
+                               for k, v in line.items()), flush=True)  # fmt: skip
+                table.append(line)
     print(json.dumps(table))
 
 
