@@ -51,6 +51,7 @@ import itertools
 import json
 import lzma
 import math
+import mmap
 import multiprocessing
 import operator
 import os
@@ -1925,7 +1926,6 @@ SCORE, ENCODE, DECODE = 0, 1, 2
 TOKENS, DOCUMENT, MATCH_AT, MATCH_LENGTH, JOINED = range(5)  # what `Mixer.now` holds
 
 
-@functools.cache
 def logit_tables() -> tuple[Any, Any]:
     """(stretch (4096,) float32: ln(p / (1-p)) of p in 4096ths; logistic (6145,) int64: its inverse
     in 2^-32, of -12 .. 12 in 256ths). Correctly rounded, so the same on every machine."""
@@ -1985,9 +1985,7 @@ class Mixer(NamedTuple):
     maps: Any  # cells by expert, level and what the expert says: what it meant so far
     weights: Any  # (2, rows of all sets, WIDTH) float32
     visits: Any  # (2, rows of all sets) float32: how often each row has learned
-    apm: (
-        Any  # (2, rows * 33) cells by mixed logit: a row for each node, then hashes of t-1 and node
-    )
+    apm: Any  # (2, rows * 33) cells by mixed logit; rows: the nodes, hashes of t-1 and a node
     repeats: Any  # (2^n,) int32: the position after the last text of SHORTEST_MATCH tokens
     history: Any  # (capacity,) int32: the tokens so far
     now: Any  # (5,) int64: tokens so far, document's start, match's place and length, net joined
@@ -2459,12 +2457,11 @@ def context_rows(contexts: tuple[Context, ...], regions: tuple[tuple[int, int], 
 
 
 def table_rows(n: int, dtype: Any) -> Any:
-    """Zeros (n, 8) from the start of a cache line, in huge pages where NumPy asks for them."""
-    size = 8 * n * np.dtype(dtype).itemsize
-    raw = np.empty(size + 64, np.uint8)
-    raw[:] = 0
-    skip = -raw.ctypes.data % 64
-    return raw[skip : skip + size].view(dtype).reshape(n, 8)
+    """Zeros (n, 8) from the start of a page, of huge ones where the system has them."""
+    memory = mmap.mmap(-1, max(8 * n * np.dtype(dtype).itemsize, 1))
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return np.frombuffer(memory, dtype, 8 * n).reshape(n, 8)
 
 
 def new_maps(levels: int) -> Any:
@@ -2565,7 +2562,7 @@ class LogisticMixer:
             rows = (np.exp(np.minimum(logs, 0)) * np.float32(1 << 30)).astype(np.uint32)
         coder, scoring = coder or Coder(), coder is None
         nats = np.zeros((len(tokens), 2))
-        buffer = coder.room(len(tokens) * 17)
+        buffer = coder.room(0 if scoring else len(tokens) * 17)
         mode = SCORE if scoring else coder.mode
         code_tokens(tuple(self.state), tokens, rows, self.bos, mode, coder.state, buffer, nats)
         coder.flush()

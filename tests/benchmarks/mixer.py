@@ -87,6 +87,8 @@ def ours(tokens: t.Tokens, train: np.ndarray, val: np.ndarray, net: Callable | N
         alone, own_seconds = scored(t.NetOnly(), val, net())
         yield row("the net, alone", alone[0], count, own_seconds, n)
         yield row("logistic, primed, with the net", nats[2], count, seconds, n)
+        nats, seconds = scored(t.LogisticMixer(tokens, leaf, len(val), memory), val, net())
+        yield row("logistic, online, with the net", nats[2], count, seconds, n)
         nats, seconds = scored(backoff(tokens, val), val, net())
         yield row("backoff, online, with the net", nats[2], count, seconds, n)
 
