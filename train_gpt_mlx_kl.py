@@ -2998,11 +2998,14 @@ def rank_documents(text: Any, vocab: int, bos: int, budget: int) -> Iterator[Any
         free[batch] = False
 
 
-def token_bytes(text: Any, tokens: Tokens, leaf: Any) -> float:
-    """Code bytes a token of a text (n,) by a small mixer that knows nothing else."""
-    mixer, coder = LogisticMixer(tokens, leaf, len(text), 64), Coder()
-    mixer.code(text.astype(np.int64), None, coder)
-    return (len(coder.out) + 1) / (len(text) + 1)
+def token_bytes(text: Any, budget: int, tokens: Tokens, leaf: Any) -> float:
+    """Code bytes a token, at the most, of `budget` bytes: what a sample (n,) costs, and a tenth."""
+    mixer, coder, count = LogisticMixer(tokens, leaf, len(text), 64), Coder(), 0
+    while count < len(text) and len(coder.out) < budget:
+        part = text[count : count + 1024].astype(np.int64)
+        mixer.code(part, None, coder)
+        count += len(part)
+    return 1.1 * (len(coder.out) + 1) / (count + 1)
 
 
 class Packer:
@@ -3055,7 +3058,7 @@ class Packer:
         room = self.capacity + MESSAGE_TOKENS + 1
         self.mixer = LogisticMixer(self.tokens, self.leaf, room, self.cfg.mixer_memory_mb)
         documents = rank_documents(text, self.tokens.vocab, self.tokens.bos, int(most))
-        rate = token_bytes(text[:SAMPLE_TOKENS], self.tokens, self.leaf)
+        rate = token_bytes(text[:SAMPLE_TOKENS], self.budget, self.tokens, self.leaf)
         while self.budget - len(self.code.out) > 1000 and self.time_left() > 1:
             plan = min((self.budget - len(self.code.out)) / rate,
                        self.time_left() * PACK_TOKENS_A_SECOND)  # fmt: skip
@@ -3066,7 +3069,7 @@ class Packer:
             if not batch:
                 break
             self.code_batch(text, np.concatenate(batch[::-1]))
-            rate = 1.05 * len(self.code.out) / max(self.count, 1)
+            rate = 1.1 * len(self.code.out) / max(self.count, 1)
 
     def code_batch(self, text: Any, places: Any) -> None:
         """Code the tokens of these places in chunks, as long as bytes and time are left."""
@@ -3086,7 +3089,7 @@ class Packer:
         self.thread.join()
         if self.error:
             raise self.error
-        digest = self.mixer.read_sha256() if self.mixer else ""
+        digest = self.mixer.read_sha256()
         return Packed(self.leaf, self.count, digest, self.code.finish())
 
 
@@ -3245,7 +3248,7 @@ class Audit:
             if begin == begins[0] or self.artifact.tokens.vocab <= MANY_TOKENS:
                 self.normalised(excerpt, int(rng.integers(0, min(last, 64) + 1)))
                 sums += 1
-        return f"causal in {len(begins)} excerpts of {size} tokens, normalised in {sums}"
+        return f"causal in {len(begins)}, normalised in {sums} excerpts of {size} tokens"
 
     def byte_count(self, text: Any, tokenizer: Path | None) -> str:
         """The byte table against the UTF-8 length of the decoded text."""

@@ -97,7 +97,7 @@ def written(tmp_path):
     return path, params, cfg, tokens
 
 
-PACKED = t.Packed(np.random.default_rng(3).permutation(50), 7, bytes(range(200)))
+PACKED = t.Packed(np.random.default_rng(3).permutation(50), 7, "ab12", bytes(range(200)))
 
 
 def test_round_trip(written):
@@ -150,7 +150,7 @@ def test_the_layout_is_json_and_raw_tensors(written):
     path, params, _, _ = written
     raw = path.read_bytes()
     magic, version, number, _, model_bytes = struct.unpack_from("<8sHB32sQ", raw)
-    assert (magic, version, model_bytes) == (b"MLXGOLF1", 2, len(raw) - 51)
+    assert (magic, version, model_bytes) == (b"MLXGOLF1", 3, len(raw) - 51)
     body = t.compressors()[number][2](raw[51:])
     (length,) = struct.unpack_from("<I", body)
     header = json.loads(body[4 : 4 + length])

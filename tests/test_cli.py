@@ -184,7 +184,7 @@ def test_records(plain, dataset):
     assert record["total_bytes"] == record["code_bytes"] + record["model_bytes"]
     assert record["audit"] == "pass" and record["mixer"] == "logistic"
     checked = " ".join(plain.events[kinds.index("audit")]["lines"])
-    for words in ("causal and normalised", f"{dataset.val_bytes} bytes", "tokens decoded from"):
+    for words in ("causal in 3", f"{dataset.val_bytes} bytes", "tokens decoded from"):
         assert words in checked
     assert 500 < record["packed_bytes"] <= 3000 and record["packed_tokens"] > 1000
     assert math.isclose(
