@@ -630,15 +630,15 @@ def packed_text(text, budget, **env):
     return packer.mixer.state.history[: packed.tokens]
 
 
-@pytest.mark.parametrize("budget", [700, 10**5])
+@pytest.mark.parametrize("budget", [2500, 10**5])
 def test_the_best_documents_are_packed_last(budget):
     """In the first batch, which is most of it, and is not cut where not everything fits."""
-    text, _ = common_and_odd()
+    text, _ = common_and_odd(documents=120)
     most = int(min(budget / 0.3, len(text)))
     (a, b), (c, d), *_ = t.rank_documents(text.astype(np.int32), 50, BOS, most)
     got = packed_text(text, budget)
     assert np.concatenate([text[c:d], text[a:b]]).astype(np.int32).tobytes() in got.tobytes()
-    assert (len(got) < len(text)) == (budget == 700)
+    assert (len(got) < len(text)) == (budget == 2500)
 
 
 def test_packing_stops_with_the_clock(monkeypatch):
