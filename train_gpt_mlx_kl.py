@@ -1853,7 +1853,7 @@ class BackoffMixer:
         if len(tokens) and not 0 <= tokens.min() <= tokens.max() < self.alphabet[0]:
             raise ValueError(f"a token outside the vocabulary of {self.alphabet[0]}")
         self.reserve(len(tokens) if learns else 0)
-        net = logs[np.arange(len(tokens)), tokens].astype(np.float64)
+        net = -net_nats(tokens, logs)
         top, tokens = logs.max(axis=1).astype(np.float64), tokens.astype(np.int64)
         return mix(self.state, tokens, net, top, self.alphabet, self.rule, learns, self.adapts)
 
@@ -2314,6 +2314,35 @@ def apm_rows(apm, node, before, leaves, rows):
     rows[1] = (leaves + np.int64(h) % (len(apm) // 33 - leaves)) * 33
 
 
+@njit(cache=True)
+def document_age(now):
+    """Logarithm, to the base 4, of the document's length so far: 0 .. 7."""
+    age, length = 0, now[TOKENS] - now[DOCUMENT]
+    while length >> 2 * age > 3 and age < 7:
+        age += 1
+    return age
+
+
+@njit(cache=True, inline="always")
+def predict(weights, apm, sets, lines, x, from_net, products, mixed, refined, p):
+    """Each head's mixed logit, and its probability of 1 in 65,536ths."""
+    for h in range(len(p)):
+        x[NET] = from_net if h else np.float32(0)
+        mixed[h] = mix_inputs(weights[h], sets, x, products)
+        p[h] = refine(apm[h], lines, mixed[h], refined[h])
+
+
+@njit(cache=True, inline="always")
+def learn_heads(weights, visits, apm, sets, x, from_net, mixed, refined, bit):
+    """What each head learns from a bit."""
+    for h in range(len(mixed)):
+        x[NET] = from_net if h else np.float32(0)
+        error = np.float32(bit * 65536 - squashed(mixed[h])) * np.float32(1 / 65536)
+        learn_weights(weights[h], visits[h], sets, x, error)
+        learn_bit(apm[h], refined[h, 0], bit, APM_LIMIT)
+        learn_bit(apm[h], refined[h, 1], bit, APM_LIMIT)
+
+
 @njit(nogil=True, cache=True)
 def code_tokens(state, tokens, rows, bos, mode, coder, buffer, nats):
     """Score, encode or decode tokens in order, learning from each after it is coded.
@@ -2334,17 +2363,15 @@ def code_tokens(state, tokens, rows, bos, mode, coder, buffer, nats):
     slot, found = np.zeros(SLOTS, np.int64), np.zeros(CANDIDATES, np.int64)
     said, sets, lines = np.zeros(EXPERTS, np.int64), np.zeros(SETS, np.int64), np.zeros(2, np.int64)
     x, products = np.zeros(WIDTH, np.float32), np.zeros(WIDTH, np.float32)
-    mixed, p, cost = np.zeros(2, np.float32), np.zeros(2, np.int64), np.zeros(2)
-    refined, mass = np.zeros((2, 2), np.int64), np.zeros(2 * leaves, np.int64)
+    mixed, p, cost = np.zeros(heads, np.float32), np.zeros(heads, np.int64), np.zeros(heads)
+    refined, mass = np.zeros((heads, 2), np.int64), np.zeros(2 * leaves, np.int64)
     x[BIAS] = np.float32(0.3)
     for i in range(len(tokens)):
         context_keys(slot_rows, history, now, words, leaf, bos, shift, keys)
         context_keys(candidate_rows, history, now, words, leaf, bos, shift, candidate_keys)
         touched += touch(candidates, candidate_rows, candidate_keys, 0, candidate_hashes, found)
         before, before_2 = recent(history, now, 1, bos), recent(history, now, 2, bos)
-        age, length = 0, now[TOKENS] - now[DOCUMENT]
-        while length >> 2 * age > 3 and age < 7:
-            age += 1
+        age = document_age(now)
         foretold = leaf[history[now[MATCH_AT]]] | leaves if now[MATCH_LENGTH] else np.int64(-1)
         if heads == 2:
             sum_tree(leaf, rows[i], mass)
@@ -2367,21 +2394,14 @@ def code_tokens(state, tokens, rows, bos, mode, coder, buffer, nats):
             apm_rows(apm[0], node, before, leaves, lines)
             if heads == 2:
                 from_net = net_logit(mass, node)
-            for h in range(heads):
-                x[NET] = from_net if h else np.float32(0)
-                mixed[h] = mix_inputs(weights[h], sets, x, products)
-                p[h] = refine(apm[h], lines, mixed[h], refined[h])
+            predict(weights, apm, sets, lines, x, from_net, products, mixed, refined, p)
             bit = target >> (levels - level - 1) & 1
             if mode != SCORE:
                 bit = code_bit(coder, buffer, mode, p[heads - 1], bit)
-            # Everything below learns from the bit, which is coded by now.
             for h in range(heads):
                 cost[h] -= math.log((p[h] if bit else 65536 - p[h]) / 65536)
-                x[NET] = from_net if h else np.float32(0)
-                error = np.float32(bit * 65536 - squashed(mixed[h])) * np.float32(1 / 65536)
-                learn_weights(weights[h], visits[h], sets, x, error)
-                learn_bit(apm[h], refined[h, 0], bit, APM_LIMIT)
-                learn_bit(apm[h], refined[h, 1], bit, APM_LIMIT)
+            # Everything below learns from the bit, which is coded by now.
+            learn_heads(weights, visits, apm, sets, x, from_net, mixed, refined, bit)
             for e in range(EXPERTS):
                 if said[e] >= 0:
                     learn_bit(maps, said[e], bit, MAP_LIMIT)
@@ -2574,8 +2594,8 @@ class LogisticMixer:
 
     def score(self, tokens: Any, logs: Any) -> Any:
         """Tokens (m,) int32, the net's logs (m, V) float32 -> (m, 3) nats: net, contexts, mixed."""
-        net = -logs[np.arange(len(tokens)), tokens].astype(np.float64)
-        return np.column_stack([net, self.code(tokens.astype(np.int64), logs)])
+        nats = self.code(tokens.astype(np.int64), logs)
+        return np.column_stack([net_nats(tokens, logs), nats])
 
     @property
     def learned(self) -> int:
@@ -2876,7 +2896,12 @@ def bits_per_byte(nats: float, byte_count: int) -> float:
     return nats / math.log(2) / byte_count
 
 
-Progress = Callable[[int, int, float], None]  # tokens done, tokens in all, BPB so far
+Progress = Callable[[int, int, str], None]  # tokens done, tokens in all, what to say of them
+
+
+def net_nats(tokens: Any, logs: Any) -> Any:
+    """What the net's rows (m, V) say of tokens (m,): (m,) float64 nats."""
+    return -logs[np.arange(len(tokens)), tokens].astype(np.float64)
 
 
 class NetOnly:
@@ -2889,7 +2914,7 @@ class NetOnly:
 
     def score(self, tokens: Any, logs: Any) -> Any:
         """Tokens (m,), logs (m, V) -> (m, 3) nats, three times the net's."""
-        return np.repeat(-logs[np.arange(len(tokens)), tokens].astype(np.float64)[:, None], 3, 1)
+        return np.repeat(net_nats(tokens, logs)[:, None], 3, axis=1)
 
     def save(self) -> None:
         """There is no state."""
@@ -2949,7 +2974,8 @@ def score(
         nats += part.sum(axis=0)
         byte_count += int(tokens.bytes_of(text[first : first + len(part)], target).sum())
         done += len(part)
-        show(done, len(text) - 1, bits_per_byte(float(nats[2]), max(byte_count, 1)))
+        bpb = bits_per_byte(float(nats[2]), max(byte_count, 1))
+        show(done, len(text) - 1, f"bpb {bpb:.4f}, ")
     if not (byte_count and np.isfinite(nats).all()):
         raise RunFailed(f"no score: {nats} nats over {byte_count} bytes of validation text")
     net, contexts, bpb = (bits_per_byte(float(n), byte_count) for n in nats)
@@ -3095,15 +3121,11 @@ class Packer:
 
 def unpack(mixer: LogisticMixer, packed: Packed, label: str) -> None:
     """Prime a mixer by decoding an artifact's text. Raises AuditFailed if it is not that text."""
-    coder, begin = Coder(packed.code), time.perf_counter()
-    last = begin
+    coder, show = Coder(packed.code), show_progress(label)
     for at in range(0, packed.tokens, PACK_CHUNK):
         size = min(PACK_CHUNK, packed.tokens - at)
         mixer.code(np.zeros(size, np.int64), None, coder)
-        if time.perf_counter() - last > 10:
-            last, share = time.perf_counter(), (at + size) / packed.tokens
-            left = (last - begin) * (1 / share - 1)
-            print(f"{label}: {at + size}/{packed.tokens} tokens, {left:.0f} s left", flush=True)
+        show(at + size, packed.tokens, "")
     if mixer.read_sha256() != packed.sha256:
         raise AuditFailed("paid text", "it does not decode to the text that was packed")
 
@@ -3234,8 +3256,8 @@ class Audit:
 
     def excerpts(self, text: Any, seed: int) -> str:
         """Causality and normalisation at a document's start, at random places and at the tail."""
-        rng, length = np.random.default_rng(seed), eval_length(self.cfg)
-        size = min(length + min(self.cfg.eval_stride, length) // 2 + 2, len(text))
+        rng, (length, stride) = np.random.default_rng(seed), eval_shape(self.cfg, "sliding")
+        size = min(length + stride // 2 + 2, len(text))
         starts = np.flatnonzero(text[1:] == self.artifact.tokens.bos) + 1
         begins = [max(int(rng.choice(starts)) - 8, 0) if len(starts) else 0,
                   int(rng.integers(0, len(text))), len(text) - size]  # fmt: skip
@@ -3308,16 +3330,16 @@ class Report:
 
 
 def show_progress(label: str, every_s: float = 10.0) -> Progress:
-    """Shows a running BPB: a line every few seconds, the first one soon."""
+    """Shows how far a work on tokens is: a line every few seconds, the first one soon."""
     begin = time.perf_counter()
     due = begin + 1
 
-    def show(done: int, total: int, bpb: float) -> None:
+    def show(done: int, total: int, note: str) -> None:
         nonlocal due
         now = time.perf_counter()
         if now > due:
             due, left = now + every_s, (now - begin) * (total - done) / done
-            print(f"{label}: {done}/{total} tokens, bpb {bpb:.4f}, {left:.0f} s left", flush=True)
+            print(f"{label}: {done}/{total} tokens, {note}{left:.0f} s left", flush=True)
 
     return show
 

@@ -10,9 +10,11 @@ import hashlib
 import importlib.util
 import os
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import sentencepiece as spm
 from conftest import ROOT, TINY, t, write_shard
 
 VOCAB, BOS = 50, 1
@@ -164,10 +166,8 @@ def test_a_whole_evaluation_passes(tmp_path, env, mode):
 SLOT_KEYS = "        context_keys(slot_rows, history, now, words, leaf, bos, shift, keys)\n"
 SLOT_INPUTS = "            seen = slot_inputs(slots, maps, slot, at, level, levels, x, said)\n"
 BIT = "target >> (levels - level - 1) & 1"
-ALL_COSTS = "return np.column_stack([net, self.code(tokens.astype(np.int64), logs)])"
-NET_COSTS = (
-    "return np.repeat(-logs[np.arange(len(tokens)), tokens].astype(np.float64)[:, None], 3, 1)"
-)
+ALL_COSTS = "return np.column_stack([net_nats(tokens, logs), nats])"
+NET_COSTS = "return np.repeat(net_nats(tokens, logs)[:, None], 3, axis=1)"
 SCORE_CHUNK = "            yield first, scorer.score(text[first + 1 : first + 1 + len(logs)], logs)"
 ASK = "        p, trust = ngram_probability(state, tokens[i], vocab, rule)\n"
 LEARN = "        if learns:\n            learn(state, tokens[i], vocab, bos, rule[4])\n"
@@ -193,12 +193,12 @@ CHEATS = {
         ["mix"], "normalisation"),
     # The better expert of each token, chosen when the token is known.
     "lower of two losses, logistic": (
-        LOGISTIC, [(ALL_COSTS, "out = np.column_stack([net, self.code(tokens.astype(np.int64), "
-                    "logs)])\n        out[:, 2] = out.min(axis=1)\n        return out")],
+        LOGISTIC, [(ALL_COSTS, "out = np.column_stack([net_nats(tokens, logs), nats])\n        "
+                    "out[:, 2] = out.min(axis=1)\n        return out")],
         [], "normalisation"),
     "lower of two losses, net": (
-        OFF, [(NET_COSTS, NET_COSTS.replace("-logs[np.arange(len(tokens)), tokens]",
-               "np.minimum(-logs[np.arange(len(tokens)), tokens], np.log(logs.shape[1]))"))],
+        OFF, [(NET_COSTS, NET_COSTS.replace("net_nats(tokens, logs)",
+               "np.minimum(net_nats(tokens, logs), np.log(logs.shape[1]))"))],
         [], "normalisation"),
     "lower of two losses, backoff": (
         BACKOFF, [("mixed = (1.0 - alpha) * math.exp(net[i]) + alpha * p\n",
@@ -429,3 +429,18 @@ def test_honest_labels_pass(tmp_path, limit):
     other = dataclasses.replace(ours.validation)
     other.whole = not other.whole
     fails("whole text", other.check_whole)
+
+
+@pytest.mark.parametrize("bos", [1, -1])
+def test_bytes_are_counted_with_and_without_bos(tmp_path, bos):
+    words = [f"word{i % 7} and {i % 5} more" for i in range(300)]
+    settings = {"model_prefix": str(tmp_path / "m"), "vocab_size": 40, "bos_id": bos}
+    spm.SentencePieceTrainer.train(
+        sentence_iterator=iter(words), model_type="bpe", minloglevel=2, **settings
+    )
+    path = tmp_path / "m.model"
+    model, tokens = spm.SentencePieceProcessor(model_file=str(path)), t.load_tokenizer(path)
+    assert tokens.bos == bos
+    ids = np.array([bos] * (bos >= 0) + model.encode(" ".join(words[:9])), np.int32)
+    audit = t.Audit(knobs(t, **OFF), SimpleNamespace(tokens=tokens), None, None)
+    assert audit.byte_count(ids, path).startswith(f"{len(' '.join(words[:9]))} bytes")

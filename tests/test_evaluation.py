@@ -215,7 +215,7 @@ def test_score_equals_the_formula(text):
     assert got["val_bpb_net"] == got["val_bpb_context"] == got["val_bpb"]
     assert (got["val_tokens"], got["val_bytes"]) == (149, size)
     assert [done for done, _, _ in seen] == [1, 20, 21, 60, 149]
-    assert seen[-1] == (149, 149, got["val_bpb"])
+    assert seen[-1] == (149, 149, f"bpb {got['val_bpb']:.4f}, ")
     # Bits per byte of the uniform distribution need no net to be known.
     uniform = [(0, np.full((149, VOCAB), -math.log(VOCAB)))]
     got = t.score(net_costs(uniform, text), text, tokens, silent)

@@ -1,5 +1,6 @@
 """The logistic mixer: its coder, a slow second version of it, its tables, its tree, its packer."""
 
+import dataclasses
 import decimal
 import hashlib
 import math
@@ -122,6 +123,15 @@ def test_decode_is_the_inverse_of_encode(vocab, size, with_net):
     assert abs(8 * len(code) - nats[:, 1].sum() / math.log(2)) <= 33
     if not with_net:
         assert (nats[:, 0] == nats[:, 1]).all()
+
+
+def test_what_the_kernel_would_read_beyond_its_arrays_is_refused():
+    for logs in (rows(2, 50), rows(3, 49), rows(1, 50)):
+        with pytest.raises(ValueError, match="log-probabilities for 3 tokens"):
+            mixer().code(np.array([4, 5, 6]), logs)
+    beyond = dataclasses.replace(facts(50), bos=50)
+    with pytest.raises(ValueError, match="BOS 50"):
+        t.LogisticMixer(beyond, shuffled(50), 9, 1)
 
 
 @pytest.mark.parametrize("size", [1, 7, 100])
