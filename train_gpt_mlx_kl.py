@@ -2998,7 +2998,8 @@ def rank_documents(text: Any, vocab: int, bos: int, budget: int) -> Iterator[Any
 
     Greedily brings the token pairs of the chosen documents close to those of all the text: a
     document's worth is the mean, over its pairs, of their share in the text over their share in
-    what is chosen. Only the training text is looked at.
+    what is chosen, weighed anew when that has doubled or grown by a sixteenth of the budget. Only the
+    training text is looked at.
     """
     starts = np.flatnonzero(text == bos)
     if len(starts) == 0 or starts[0] != 0:
@@ -3014,7 +3015,7 @@ def rank_documents(text: Any, vocab: int, bos: int, budget: int) -> Iterator[Any
         worth = np.add.reduceat((share / np.maximum(have, 1e-12))[pairs], starts) / (ends - starts)
         order = np.argsort(np.where(free, -worth, np.inf), kind="stable")[: free.sum()]
         size = np.cumsum((ends - starts)[order])
-        batch = order[: max(int(np.searchsorted(size, max(budget / 16, 1))), 1)]
+        batch = order[: max(int(np.searchsorted(size, min(budget / 16, total))), 1)]
         for i in batch:
             if total >= budget:
                 return

@@ -19,7 +19,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import train_gpt_mlx_kl as t
 
-BUDGETS = [150_000, 560_000, 2_090_000, 16_000_000]
+BUDGETS = [150_000, 560_000, 1_000_000, 2_090_000]
 RANKED = t.rank_documents
 
 
