@@ -2998,8 +2998,8 @@ def rank_documents(text: Any, vocab: int, bos: int, budget: int) -> Iterator[Any
 
     Greedily brings the token pairs of the chosen documents close to those of all the text: a
     document's worth is the mean, over its pairs, of their share in the text over their share in
-    what is chosen, weighed anew when that has doubled or grown by a sixteenth of the budget. Only the
-    training text is looked at.
+    what is chosen, weighed anew when that has doubled, or grown by a sixteenth of the budget. Only
+    the training text is looked at.
     """
     starts = np.flatnonzero(text == bos)
     if len(starts) == 0 or starts[0] != 0:
