@@ -65,6 +65,7 @@ import subprocess
 import sys
 import threading
 import time
+import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -98,6 +99,10 @@ class RunFailed(UserError):
     """A run that cannot go on, explained in a line."""
 
     status = 1
+
+
+class RankLost(RunFailed):
+    """Another process of the same run that no longer answers."""
 
 
 def knob(default: Any, help: str, lo=0, hi=1e18, choices="", alias="") -> Any:
@@ -518,7 +523,7 @@ BLAS = open_blas(os.environ.get("BLAS") or "auto")
 import mlx.core as mx  # noqa: E402
 import mlx.nn as nn  # noqa: E402
 import numpy as np  # noqa: E402
-from mlx.utils import tree_flatten, tree_unflatten  # noqa: E402
+from mlx.utils import tree_flatten, tree_map, tree_unflatten  # noqa: E402
 from numba import njit  # noqa: E402
 
 BLAS_NAME = use_blas(BLAS)
@@ -1413,15 +1418,71 @@ class Workers(contextlib.AbstractContextManager):
         return [p.result() for p in pending]
 
 
-def make_workers(cfg: Knobs) -> Workers:
-    """WORKERS, or one a core on a CPU, where they share the BLAS's threads; one on a GPU."""
+def make_workers(cfg: Knobs, neighbours: int = 1) -> Workers:
+    """WORKERS, or one a core on a CPU, where they share the BLAS's threads; one on a GPU.
+
+    neighbours: ranks that share this machine's cores.
+    """
     if cfg.blas not in ("auto", "none") and not BLAS:
         raise UserError(f"BLAS={cfg.blas}: not an OpenBLAS that can be loaded; try BLAS=auto")
     windows = cfg.train_batch_tokens // cfg.train_seq_len  # more workers would idle
-    count = cfg.workers or min(cpu_cores(), windows) if on_cpu() else 1
+    cores = max(cpu_cores() // neighbours, 1)
+    count = cfg.workers or min(cores, windows) if on_cpu() else 1
     if BLAS:
-        BLAS["set_threads"](max(cpu_cores() // count, 1))
+        BLAS["set_threads"](max(cores // count, 1))
     return Workers(count)
+
+
+class Ranks:
+    """The processes that `mlx.launch` started together, each with a part of every step.
+
+    Without a launcher there is one, which has nothing to wait for. Every method is called by all
+    ranks, in the same order, and raises RankLost where one of them is gone.
+    """
+
+    def __init__(self) -> None:
+        group = mx.distributed.init()
+        self.rank, self.count = group.rank(), group.size()
+
+    def sum(self, trees: list[Any]) -> Any:
+        """The sum of trees of float32 arrays, and of those of all ranks, as one message."""
+        lists = [[a for _, a in tree_flatten(tree)] for tree in trees]
+        flat = [mx.concatenate([a.reshape(-1) for a in arrays]) for arrays in lists]
+        total = self.eval(mx.distributed.all_sum(sum(flat[1:], flat[0])))
+        ends = np.cumsum([a.size for a in lists[0]]).tolist()
+        parts = iter(mx.split(total, ends[:-1]))
+        return tree_map(lambda a: next(parts).reshape(a.shape), trees[0])
+
+    def of_first(self, value: float) -> float:
+        """Rank 0's value, in single precision: what all ranks must agree on."""
+        if self.count == 1:
+            return value
+        return self.eval(mx.distributed.all_sum(mx.array(0.0 if self.rank else value))).item()
+
+    def any(self, flag: bool) -> bool:
+        """Whether the flag is set on any rank."""
+        return flag if self.count == 1 else self.eval(mx.distributed.all_max(mx.array(+flag))) > 0
+
+    def neighbours(self) -> int:
+        """Ranks on this machine."""
+        name = mx.array([zlib.crc32(platform.node().encode())], mx.uint32)
+        return int((self.eval(mx.distributed.all_gather(name)) == name).sum())
+
+    def in_turn(self, work: Callable[[], Any]) -> Any:
+        """The result of `work`, which the ranks do one after another."""
+        results = []
+        for rank in range(self.count):
+            results += [work()] if rank == self.rank else []
+            self.of_first(0.0)  # waits for the one whose turn it is
+        return results[0]
+
+    def eval(self, message: Array) -> Array:
+        """The message, once it has arrived."""
+        try:
+            mx.eval(message)
+        except RuntimeError as error:
+            raise RankLost(f"another rank is gone ({error})") from None
+        return message
 
 
 def remaining_steps(step: int, elapsed_s: float, cfg: Knobs) -> float:
@@ -1477,17 +1538,23 @@ class Trainer:
     """
 
     def __init__(
-        self, model: GPT, cfg: Knobs, data: TrainWindows, report: Report, workers: Workers
-    ) -> None:
+        self, model: GPT, cfg: Knobs, data: TrainWindows, report: Report, workers: Workers,
+        ranks: Ranks,
+    ) -> None:  # fmt: skip
         self.model, self.cfg, self.data, self.report = model, cfg, data, report
-        self.workers = workers
+        self.workers, self.ranks = workers, ranks
         self.params: Arrays = dict(tree_flatten(model.parameters()))
         self.groups = group_parameters(list(self.params))
         self.opt = new_optimizer_state(self.params, self.groups)
         self.average = self.params
         self.step, self.elapsed_s, self.averaged = 0, 0.0, 0
         self.windows = cfg.train_batch_tokens // cfg.train_seq_len
-        self.rounds = split_windows(self.windows, cfg, workers.count)
+        if self.windows < ranks.count:
+            raise UserError(f"TRAIN_BATCH_TOKENS={cfg.train_batch_tokens}: {self.windows} windows "
+                            f"a step, fewer than the {ranks.count} ranks: raise it")  # fmt: skip
+        ends = [self.windows * i // ranks.count for i in (ranks.rank, ranks.rank + 1)]
+        self.mine = slice(*ends)  # of a step's windows
+        self.rounds = split_windows(ends[1] - ends[0], cfg, workers.count)
         by_shape = sorted(self.params, key=lambda n: (self.params[n].size, n), reverse=True)
         self.shares = [by_shape[i :: workers.count] for i in range(workers.count)]
         self.bigrams = bigram_probability(data) if cfg.complement_alpha else None
@@ -1542,13 +1609,16 @@ class Trainer:
         probability = self.bigrams[tokens[:, :-1], tokens[:, 1:]]
         if self.cfg.complement_by == "contexts":
             foreseen = self.data.step_foreseen(step, self.windows)
+            if self.ranks.count > 1:  # rank 0 packs, so it alone knows
+                foreseen = np.array(self.ranks.sum([mx.array(foreseen)]))
             probability = np.where(foreseen > 0, foreseen, probability)
         return complementary_weights(probability, self.cfg.complement_alpha)
 
     def step_gradients(self, step: int, qat: bool) -> tuple[float, list[tuple[Arrays, Array]]]:
         """Step number `step`'s (plain loss, [(gradients, their squared norm)] of each share)."""
         tokens = self.data.step(step, self.windows)
-        arrays = tokens[:, :-1], tokens[:, 1:], self.loss_weights(tokens, step)
+        whole = tokens[:, :-1], tokens[:, 1:], self.loss_weights(tokens, step)
+        arrays = [array[self.mine] for array in whole]
         parts: list[tuple[Any, ...]] = [()] * len(self.rounds[0])
         for pieces in self.rounds:
             batches = [tuple(mx.array(a[piece]) for a in arrays) for piece in pieces]
@@ -1556,6 +1626,8 @@ class Trainer:
             parts[: len(jobs)] = self.workers.map(self.gradients[qat], jobs)
             if self.cfg.mlx_eager_eval:
                 mx.eval(parts)
+        if self.ranks.count > 1:
+            parts = [self.ranks.sum(parts)]
         jobs = [([{n: g[n] for n in share} for _, g in parts],) for share in self.shares]
         return sum(p[0].item() for p in parts), self.workers.map(self.sums, jobs)
 
@@ -1591,16 +1663,14 @@ class Trainer:
         factor = lr_factor(self.step, self.elapsed_s, self.cfg)
         params, opt, average, loss, norm = self.compute(self.step, factor, averaged)
         if not (math.isfinite(loss) and math.isfinite(norm)):
-            path = self.save()
             raise RunFailed(
-                f"step {self.step + 1}: loss {loss}, gradient norm {norm}: stopped; the state at "
-                f"step {self.step} is in {path}. Lower MATRIX_LR, TIED_EMBED_LR or HASH_LR, or set "
-                "GRAD_CLIP_NORM=1"
+                f"step {self.step + 1}: loss {loss}, gradient norm {norm}: stopped. Lower "
+                "MATRIX_LR, TIED_EMBED_LR or HASH_LR, or set GRAD_CLIP_NORM=1"
             )
         self.params, self.opt, self.average = params, opt, average
         self.averaged = averaged + 1 if averaging else 0
         self.step += 1
-        seconds = time.perf_counter() - begin
+        seconds = self.ranks.of_first(time.perf_counter() - begin)
         self.elapsed_s += seconds
         return {
             "event": "train", "step": self.step, "train_loss": loss, "grad_norm": norm,
@@ -1614,8 +1684,10 @@ class Trainer:
         return progress(self.step, self.elapsed_s, self.cfg) >= 1
 
     def save(self) -> Path:
-        """Write the state to checkpoint/ in the run's folder, whole or not at all."""
+        """Write rank 0's state to checkpoint/ in the run's folder, whole or not at all."""
         path = self.report.checkpoint
+        if self.ranks.rank:
+            return path
         path.parent.mkdir(exist_ok=True)
         kinds = {"params": self.params, "opt": self.opt, "average": self.average}
         arrays = {f"{kind}:{n}": a for kind, tree in kinds.items() for n, a in tree.items()}
@@ -1639,21 +1711,33 @@ class Trainer:
         for name, value in json.loads(meta["state"]).items():
             setattr(self, name, value)
 
+    def share(self) -> None:
+        """Take rank 0's state."""
+        if self.ranks.count > 1:
+            own = 0.0 if self.ranks.rank else 1.0
+            counts = mx.array([self.step, self.elapsed_s, self.averaged])
+            state = [self.params, self.opt, self.average, counts]
+            state = self.ranks.sum([tree_map(lambda a: a * own, state)])
+            self.params, self.opt, self.average, counts = state
+            step, self.elapsed_s, averaged = counts.tolist()
+            self.step, self.averaged = int(step), int(averaged)
+
 
 def train(trainer: Trainer, validation: Validation) -> None:
     """Run steps until the steps or the clock are used up; validate and log on the way."""
-    cfg, report = trainer.cfg, trainer.report
+    cfg, report, ranks = trainer.cfg, trainer.report, trainer.ranks
 
     def due(every: int) -> bool:
         return bool(every) and trainer.step % every == 0
 
     interrupted = threading.Event()
 
-    def stop_after_step(*_: object) -> None:
+    def stop_after_step(number: int, _: object) -> None:
         interrupted.set()
-        signal.signal(signal.SIGINT, handler)  # a second interrupt stops at once
+        signal.signal(number, handlers[number])  # a second one stops at once
 
-    handler = signal.signal(signal.SIGINT, stop_after_step)
+    both = signal.SIGINT, signal.SIGTERM
+    handlers = {number: signal.signal(number, stop_after_step) for number in both}
     try:
         while not trainer.finished():
             event = trainer.advance()
@@ -1663,15 +1747,19 @@ def train(trainer: Trainer, validation: Validation) -> None:
                             f"{left:.0f} steps are left: the learning rate falls now")  # fmt: skip
             if due(cfg.train_log_every) or (cfg.train_log_every and trainer.step <= 5):
                 report.event(event, TRAIN_LINE)
-            if interrupted.is_set():
-                go_on = f"RESUME=1 RUN_ID={report.folder.name}"
-                raise RunFailed(f"stopped; {trainer.save()} holds step {trainer.step}: {go_on}")
-            if due(cfg.val_loss_every) and not trainer.finished():
+            if ranks.any(interrupted.is_set()):
+                raise RunFailed("stopped")
+            if due(cfg.val_loss_every) and not trainer.finished() and ranks.rank == 0:
                 validation.during_training(trainer)
             if due(cfg.checkpoint_every):
                 trainer.save()
+    except RunFailed as error:
+        go_on = f"RESUME=1 RUN_ID={report.folder.name}"
+        saved = f"{trainer.save()} holds step {trainer.step}: {go_on}"
+        raise type(error)(f"{error}; {saved}") from None
     finally:
-        signal.signal(signal.SIGINT, handler)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
 
 # ==================================================================================================
@@ -3330,6 +3418,20 @@ class Report:
             self.line(text.format(**event, n=self.iterations, part=part_of_text(event)))
 
 
+class Silence(Report):
+    """The report of a rank that leaves reporting to rank 0."""
+
+    def __init__(self) -> None:
+        self.folder = Path()
+        self.checkpoint = Path()
+
+    def line(self, text: str) -> None:
+        """Nothing."""
+
+    def event(self, event: Event, *lines: str) -> None:
+        """Nothing."""
+
+
 def show_progress(label: str, every_s: float = 10.0) -> Progress:
     """Shows how far a work on tokens is: a line every few seconds, the first one soon."""
     begin = time.perf_counter()
@@ -3361,7 +3463,7 @@ ROUNDTRIP_LINES = (
     "final_int6_zstd_roundtrip_exact val_loss:{val_loss:.8f} val_bpb:{val_bpb:.8f}{part} [{mode}]",
 )
 CONFIG_LINES = (
-    "machine: {machine}, MLX {mlx_version}, {dtype_used}, {workers_used} worker(s), "
+    "machine: {machine}, MLX {mlx_version}, {dtype_used}, {ranks} x {workers_used} worker(s), "
     "{gflops:.0f} GFLOP/s; BLAS: {blas_used}",
     "preset {preset}: {num_layers} layers x {model_dim}, {num_heads} heads, {num_kv_heads} KV "
     "heads, MLP {mlp_mult}x, seq {train_seq_len}, {train_batch_tokens} tokens a step",
@@ -3442,13 +3544,13 @@ def gigaflops(workers: Workers) -> float:
     return workers.count * 2 * 768**3 / (time.perf_counter() - begin) / 1e9
 
 
-def describe_machine(cfg: Knobs, workers: Workers) -> Event:
+def describe_machine(cfg: Knobs, workers: Workers, ranks: Ranks) -> Event:
     """Facts of the machine for the config event."""
     machine = f"{platform.system()} {platform.machine()} {'cpu' if on_cpu() else 'gpu'}"
     return {
         "machine": machine, "mlx_version": mx.__version__, "dtype_used": compute_dtype(cfg),
         "blas_used": BLAS_NAME if on_cpu() else "not used", "workers_used": workers.count,
-        "gflops": gigaflops(workers),
+        "ranks": ranks.count, "gflops": gigaflops(workers),
     }  # fmt: skip
 
 
@@ -3478,9 +3580,12 @@ def peak_memory() -> int:
 
 
 def train_and_export(
-    cfg: Knobs, folder: Path, tokenizer: Path, report: Report, workers: Workers
+    cfg: Knobs, folder: Path, tokenizer: Path, report: Report, workers: Workers, ranks: Ranks
 ) -> tuple[Event, LogisticMixer | None]:
-    """Train, pack, keep the raw weights, write the artifact: (sizes and counts, primed mixer)."""
+    """Train, pack, keep the raw weights, write the artifact: (sizes and counts, primed mixer).
+
+    The last three are rank 0's; on the others there is ({}, None).
+    """
     tokens = load_tokenizer(tokenizer)
     if cfg.vocab_size not in (0, tokens.vocab):
         raise UserError(f"VOCAB_SIZE={cfg.vocab_size}, but {tokenizer} has {tokens.vocab} pieces: "
@@ -3488,16 +3593,19 @@ def train_and_export(
     data = TrainWindows(find_shards(folder, "train"), cfg.train_seq_len, cfg.seed, tokens.vocab)
     model = GPT(cfg, tokens.vocab, tokens.bos)
     validation = Validation(cfg, model, tokens, folder, workers)
-    trainer = Trainer(model, cfg, data, report, workers)
+    trainer = Trainer(model, cfg, data, report, workers, ranks)
     for line in describe_training(trainer, validation):
         report.line(line)
-    if cfg.resume:
+    if cfg.resume and not ranks.rank:
         trainer.load()
+    trainer.share()
     trainer.warm_up()
     packer, packed, seconds = new_packer(trainer, tokens), None, 0.0
     if packer:
         packer.start(trainer.elapsed_s)
     train(trainer, validation)
+    if ranks.rank:
+        return {}, None
     validation.during_training(trainer)
     meta = {"knobs": json.dumps(dataclasses.asdict(cfg)), "tokenizer_sha256": tokens.sha256}
     mx.save_safetensors(str(report.folder / "model.safetensors"), trainer.average, meta)
@@ -3519,9 +3627,9 @@ def train_and_export(
 
 
 def new_packer(trainer: Trainer, tokens: Tokens) -> Packer | None:
-    """The packer of a run, with the bytes it may use; None unless MIXER=logistic."""
+    """Rank 0's packer, with the bytes it may use; None unless MIXER=logistic."""
     cfg = trainer.cfg
-    if cfg.mixer != "logistic":
+    if cfg.mixer != "logistic" or trainer.ranks.rank:
         return None
     net = estimate_bytes(trainer.params, trainer.groups, cfg)
     room = ARTIFACT_LIMIT_BYTES - net - net // 50 - 20_000 - 3 * tokens.vocab
@@ -3660,17 +3768,20 @@ def use_device(cfg: Knobs) -> None:
 def main(cfg: Knobs, warnings: list[str]) -> None:
     """Train, export, reload, score; or with EVAL_ONLY the last two."""
     use_device(cfg)
+    ranks = Ranks()
     if cfg.eval_only:
         artifact = read_artifact(Path(cfg.eval_only))
         cfg, warnings = knobs_from_env(dict(os.environ), base=artifact.header["knobs"])
-    folder, tokenizer, where = locate_data(cfg)
-    report = Report(cfg)
+        if ranks.rank:
+            return
+    folder, tokenizer, where = ranks.in_turn(lambda: locate_data(cfg))
+    report = Silence() if ranks.rank else Report(cfg)
     if on_cpu() and not MLX_COMPILES:
         warnings = [*warnings, "no g++: MLX's CPU kernels run uncompiled, which is slower"]
     for line in [*(f"warning: {w}" for w in warnings), where]:
         report.line(line)
-    with make_workers(cfg) as workers:
-        machine = describe_machine(cfg, workers)
+    with make_workers(cfg, ranks.neighbours()) as workers:
+        machine = describe_machine(cfg, workers, ranks)
         report.event({"event": "config", **dataclasses.asdict(cfg), **machine}, *CONFIG_LINES)
         if cfg.eval_only:
             path, mixer = Path(cfg.eval_only), None
@@ -3678,7 +3789,9 @@ def main(cfg: Knobs, warnings: list[str]) -> None:
             made |= dict.fromkeys(("train_steps", "train_tokens", "train_seconds", "tok_s"), 0)
         else:
             path = report.folder / "artifact.bin"
-            made, mixer = train_and_export(cfg, folder, tokenizer, report, workers)
+            made, mixer = train_and_export(cfg, folder, tokenizer, report, workers, ranks)
+            if ranks.rank:
+                return
         final = {**made, "event": "final", "device": machine["machine"],
                  "mlx_version": mx.__version__}  # fmt: skip
         try:

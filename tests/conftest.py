@@ -88,7 +88,7 @@ def make_trainer(tmp_path, rng):
         cfg = tiny_knobs(**{"OUT_DIR": tmp_path / "logs", "RUN_ID": f"run{len(opened)}", **env})
         data = t.TrainWindows(t.find_shards(shards, "train"), cfg.train_seq_len, cfg.seed, 50)
         opened.append(t.make_workers(cfg))
-        return t.Trainer(t.GPT(cfg, 50, 1), cfg, data, t.Report(cfg), opened[-1])
+        return t.Trainer(t.GPT(cfg, 50, 1), cfg, data, t.Report(cfg), opened[-1], t.Ranks())
 
     yield make
     for workers in opened:

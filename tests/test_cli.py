@@ -7,10 +7,14 @@ import random
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
+import time
+from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from conftest import ROOT, t, write_shard
 
@@ -599,3 +603,105 @@ def test_variants(name, plain, dataset, tmp_path, monkeypatch, capsys):
         assert math.isclose(bpb, usual, rel_tol=1e-6)
     else:
         assert bpb != usual
+
+
+# --------------------------------------------------------------------------------------------------
+# Several processes
+def start_ranks(cwd, count, **env):
+    """The processes that `mlx.launch -n count --backend ring` would start here."""
+    sockets = [socket.socket() for _ in range(count)]
+    for s in sockets:
+        s.bind(("127.0.0.1", 0))
+    hosts = [[f"127.0.0.1:{s.getsockname()[1]}"] for s in sockets]
+    for s in sockets:
+        s.close()
+    file = cwd / f"hosts-{env['RUN_ID']}.json"
+    file.write_text(json.dumps(hosts))
+    return [start(cwd, MLX_HOSTFILE=file, MLX_RANK=rank, **env) for rank in range(count)]
+
+
+def wait_for(process, text):
+    """Read what a process prints until a line has the text."""
+    for line in process.stdout:
+        if text in line:
+            return
+    raise AssertionError(process.communicate())
+
+
+RANKS = {"WORKERS": 1, "ITERATIONS": 20, "WARMDOWN_ITERS": 10, **NET}
+
+
+@pytest.fixture(scope="module")
+def one_rank(train):
+    return train("one-rank", **RANKS)
+
+
+def weights_of(result):
+    return t.mx.load(str(result.folder / "model.safetensors"))
+
+
+@pytest.mark.parametrize("partner", ["bigram", "contexts"])
+def test_two_ranks_train_as_one(partner, train, dataset, home, one_rank):
+    """Half a batch each, through the launcher that users have: the same net after 20 steps."""
+    run_id, launcher = f"two-ranks-{partner}", shutil.which("mlx.launch")
+    launcher = launcher or str(Path(sys.executable).parent / "mlx.launch")
+    env = {**TINY, "DATA_PATH": dataset.path, **RANKS, "RUN_ID": run_id}
+    if partner == "contexts":  # rank 1 learns from rank 0 what was foreseen
+        env |= {"MIXER": "logistic", "COMPLEMENT_BY": "contexts", "COMPLEMENT_ALPHA": 1}
+    command = [launcher, "-n", "2", "--backend", "ring", "--python", sys.executable, str(SCRIPT)]
+    env = CLEAN | {name: str(value) for name, value in env.items()}
+    done = subprocess.run(
+        command, cwd=home, env=env, capture_output=True, text=True, stdin=subprocess.PIPE
+    )
+    assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
+    folder = home / "logs" / run_id
+    log = (folder / "metrics.jsonl").read_text().splitlines()
+    events = [json.loads(line) for line in log]
+    assert events[0]["ranks"] == 2 and events[-1]["event"] == "final"
+    assert [e["step"] for e in events if e["event"] == "train"] == list(range(1, 21))
+    if partner == "contexts":
+        return
+    losses = [[e["train_loss"] for e in run if e["event"] == "train"]
+              for run in (events, one_rank.events)]  # fmt: skip
+    np.testing.assert_allclose(*losses, rtol=1e-5)
+    theirs = weights_of(SimpleNamespace(folder=folder))
+    for name, ours in weights_of(one_rank).items():
+        np.testing.assert_allclose(theirs[name], ours, rtol=1e-3, atol=1e-4, err_msg=name)
+
+
+def test_ranks_agree_on_the_clock_and_go_on_from_rank_0(dataset, home, one_rank):
+    env = {**TINY, "DATA_PATH": dataset.path, **RANKS, "RUN_ID": "clock-ranks"}
+    env |= {"ITERATIONS": 100_000, "MAX_WALLCLOCK_SECONDS": 2, "CHECKPOINT_EVERY": 5}
+    for resume in (0, 1):
+        ranks = start_ranks(home, 3, **env, RESUME=resume)
+        ends = [end_of(process, home, "clock-ranks") for process in ranks]
+        assert [end.status for end in ends] == [0, 0, 0], [end.err for end in ends]
+        assert not ends[1].out and not ends[2].out
+        env["MAX_WALLCLOCK_SECONDS"] = 3
+    steps = [e["step"] for e in ends[0].events if e["event"] == "train"]
+    first = next(e["train_steps"] for e in ends[0].events if e["event"] == "final")
+    assert first in steps and ends[0].events[-1]["train_steps"] > first
+
+
+@pytest.mark.parametrize("killed", [0, 1])
+def test_the_others_stop_when_a_rank_is_killed(killed, dataset, home):
+    run_id = f"killed-{killed}"
+    env = {**TINY, "DATA_PATH": dataset.path, **RANKS, "RUN_ID": run_id, "ITERATIONS": 100_000}
+    ranks = start_ranks(home, 2, **env)
+    wait_for(ranks[0], "step:5/")
+    ranks[killed].kill()
+    begin = time.monotonic()
+    other = end_of(ranks[1 - killed], home, run_id)
+    assert time.monotonic() - begin < 30
+    ranks[killed].communicate()
+    assert "another rank is gone" in error_of(other, 1)
+    if killed == 1:
+        assert "RESUME=1" in error_of(other, 1)
+        assert checkpoint_of(other)[1]["step"] >= 5
+
+
+def test_a_rank_without_a_window_is_refused(dataset, home):
+    env = {**TINY, "DATA_PATH": dataset.path, **RANKS, "RUN_ID": "idle", "TRAIN_BATCH_TOKENS": 64}
+    ranks = start_ranks(home, 2, **env)
+    for process in ranks:
+        assert "TRAIN_BATCH_TOKENS" in error_of(end_of(process, home, "idle"), 2)

@@ -32,7 +32,9 @@ def settings(steps: int, seed: int, folder: str, **env: str) -> t.Knobs:
 
 def trained(cfg: t.Knobs, data: t.TrainWindows, tokens: t.Tokens, workers: t.Workers) -> t.Trainer:
     """A net after all its steps."""
-    trainer = t.Trainer(t.GPT(cfg, tokens.vocab, tokens.bos), cfg, data, t.Report(cfg), workers)
+    trainer = t.Trainer(
+        t.GPT(cfg, tokens.vocab, tokens.bos), cfg, data, t.Report(cfg), workers, t.Ranks()
+    )
     while not trainer.finished():
         trainer.advance()
     return trainer
