@@ -815,6 +815,7 @@ def hash_context(tokens: list[Array], size: int, order: int, head: int) -> Array
 # ==================================================================================================
 
 MASKED = -1e6  # a score whose exponential is exactly 0
+RMS_EPS = 1e-6
 MLX_COMPILES = shutil.which("g++") is not None or sys.platform == "darwin"
 compiled = mx.compile if MLX_COMPILES else lambda function: function
 
@@ -822,6 +823,37 @@ compiled = mx.compile if MLX_COMPILES else lambda function: function
 def on_cpu() -> bool:
     """Whether MLX computes on a CPU."""
     return mx.default_device().type == mx.DeviceType.cpu
+
+
+@functools.cache
+def untraced_thread() -> ThreadPoolExecutor:
+    """A thread that builds graphs for one that traces a gradient."""
+    return ThreadPoolExecutor(1)
+
+
+def untraced(build: Callable[..., Any]) -> Callable[..., Any]:
+    """The function, run where no gradient is traced: there MLX does not fuse compiled kernels.
+
+    For the halves of functions with a gradient of their own, which nobody differentiates again.
+    """
+
+    def run(stream: Any, args: tuple[Any, ...]) -> Any:
+        with mx.stream(stream):
+            return build(*args)
+
+    @functools.wraps(build)
+    def call(*args: Any) -> Any:
+        stream = mx.default_stream(mx.default_device())
+        return untraced_thread().submit(run, stream, args).result()
+
+    return call
+
+
+def with_gradient(forward: Callable[..., Any], backward: Callable[..., Any]) -> Callable[..., Any]:
+    """`forward` with the gradient `backward(inputs, output cotangents, outputs)`."""
+    function = mx.custom_function(untraced(forward))
+    function.vjp(untraced(backward))
+    return function
 
 
 # Two stages each: MLX fuses at most 11 operations in a row, and a cut elsewhere costs a copy.
@@ -871,13 +903,19 @@ def query_blocks(length: int) -> list[tuple[int, int]]:
     return [(a, min(a + size, length)) for a in range(0, length, size)]
 
 
+@functools.cache
+def future_mask(a: int, b: int, group: int) -> Array:
+    """What to add to the scores of queries a..b, for each of a group of heads: (G*(b-a), b)."""
+    future = np.arange(b)[None, :] > np.arange(a, b)[:, None]
+    return mx.array(np.tile(future * np.float32(MASKED), (group, 1)))
+
+
 def fold(x: Array, a: int, b: int) -> Array:
     """Queries a..b of each group of heads as rows: (B, Hkv, G, T, d) -> (B, Hkv, G*(b-a), d)."""
     return x[..., a:b, :].reshape(*x.shape[:2], -1, x.shape[-1])
 
 
-@mx.custom_function
-def cpu_attention(q: Array, k: Array, v: Array) -> list[Array]:
+def attention_forward(q: Array, k: Array, v: Array) -> list[Array]:
     """Causal attention. q (B, Hkv, G, T, d), scaled; k, v (B, Hkv, T, d).
 
     Returns [out (B, Hkv, G, T, d), then for each query block its exponentials and their sums].
@@ -886,8 +924,7 @@ def cpu_attention(q: Array, k: Array, v: Array) -> list[Array]:
     group, length = q.shape[2], q.shape[3]
     outs, saved = [], []
     for a, b in query_blocks(length):
-        future = mx.arange(b)[None, :] > mx.arange(a, b)[:, None]
-        mask = mx.concatenate([future.astype(q.dtype) * MASKED] * group)
+        mask = future_mask(a, b, group)
         e = fast_exp(mx.addmm(mask, fold(q, a, b), k[:, :, :b].swapaxes(-1, -2)))
         z = mx.sum(e, axis=-1, keepdims=True)
         outs.append(((e @ v[:, :, :b]) / z).reshape(*q.shape[:3], b - a, -1))
@@ -895,22 +932,69 @@ def cpu_attention(q: Array, k: Array, v: Array) -> list[Array]:
     return [mx.concatenate(outs, axis=3), *saved]
 
 
-@cpu_attention.vjp
-def cpu_attention_vjp(primals: Any, cotangents: Any, outputs: Any) -> tuple[Array, ...]:
+def attention_backward(primals: Any, cotangents: Any, outputs: Any) -> tuple[Array, ...]:
     """Gradients by q, k, v: with p = e / z, d_score = p * (d_p - sum(d_out * out))."""
     (q, k, v), d_out, out = primals, cotangents[0], outputs[0]
-    length, d_q = q.shape[3], []
-    d_k, d_v = mx.zeros(k.shape, k.dtype), mx.zeros(v.shape, v.dtype)
-    for i, (a, b) in enumerate(query_blocks(length)):
+    blocks, d_q, d_k, d_v = query_blocks(q.shape[3]), [], [], []
+    for i, (a, b) in enumerate(blocks):
         e, z = outputs[1 + 2 * i], outputs[2 + 2 * i]
         d_o = fold(d_out, a, b) / z
         delta = mx.sum(d_o * fold(out, a, b), axis=-1, keepdims=True)
         d_s = e * mx.addmm(-delta, d_o, v[:, :, :b].swapaxes(-1, -2))
         d_q.append((d_s @ k[:, :, :b]).reshape(*q.shape[:3], b - a, -1))
-        tail = [(0, 0), (0, 0), (0, length - b), (0, 0)]
-        d_k = d_k + mx.pad(d_s.swapaxes(-1, -2) @ fold(q, a, b), tail)
-        d_v = d_v + mx.pad(e.swapaxes(-1, -2) @ d_o, tail)
-    return mx.concatenate(d_q, axis=3), d_k, d_v
+        d_k.append(d_s.swapaxes(-1, -2) @ fold(q, a, b))
+        d_v.append(e.swapaxes(-1, -2) @ d_o)
+
+    def add_up(parts: list[Array]) -> Array:  # part i is of the keys before the end of block i
+        rows = [sum(part[:, :, a:b] for part in parts[i:]) for i, (a, b) in enumerate(blocks)]
+        return mx.concatenate(rows, axis=2)
+
+    return mx.concatenate(d_q, axis=3), add_up(d_k), add_up(d_v)
+
+
+cpu_attention = with_gradient(attention_forward, attention_backward)
+
+
+@mx.custom_function
+def cpu_rms_norm(x: Array) -> list[Array]:
+    """[x / sqrt(mean(x^2) + eps) over the last axis, the factor]."""
+    r = mx.rsqrt(mx.mean(x * x, axis=-1, keepdims=True) + RMS_EPS)
+    return [x * r, r]
+
+
+@cpu_rms_norm.vjp
+def cpu_rms_norm_vjp(_: Array, cotangents: Any, outputs: Any) -> Array:
+    """With y = r x: r (d_y - y mean(d_y y)), in fewer passes than MLX takes."""
+    d_y, (y, r) = cotangents[0], outputs
+    return (d_y - y * mx.mean(d_y * y, axis=-1, keepdims=True)) * r
+
+
+@compiled
+def complex_product(x: Array, y: Array) -> Array:
+    """x * y; compiled, because MLX's own is eight times slower."""
+    return x * y
+
+
+def rotate_forward(x: Array, turns: Array) -> Array:
+    """x (B, T, H, d), whose neighbours are complex numbers, times turns (T, 1, d/2)."""
+    return complex_product(x.view(mx.complex64), turns).view(mx.float32)
+
+
+def rotate_backward(primals: Any, d_out: Array, _: Array) -> tuple[Array, Array]:
+    """The gradient by x turns back."""
+    turns = primals[1]
+    return rotate_forward(d_out, mx.conjugate(turns)), mx.zeros_like(turns)
+
+
+cpu_rotate = with_gradient(rotate_forward, rotate_backward)
+
+
+@functools.cache
+def rope_turns(length: int, width: int, dims: int, base: float) -> Array:
+    """exp(i t / base^(2j / dims)) of pair j at position t, 1 beyond dims / 2: (T, 1, width / 2)."""
+    angle, pairs = np.zeros((length, 1, width // 2)), np.arange(dims // 2)
+    angle[:, 0, : dims // 2] = np.arange(length)[:, None] / base ** (2 * pairs / dims)
+    return mx.array(np.exp(1j * angle).astype(np.complex64))
 
 
 @compiled
@@ -923,30 +1007,28 @@ def through_cap(gradient: Array, t: Array) -> Array:
 def cpu_cross_entropy(cap: float) -> Callable[..., list[Array]]:
     """Cross-entropy head with a soft cap and its own gradient.
 
-    The function takes f (n, K), weight (V, K), bias (n, V) or (1, 1), y (n,) int32 and returns
+    The function takes f (n, K), weight (V, K), bias (n, V) or (1, 1) zero, y (n,) int32; returns
     [nll (n,) in nats, t (n, V), e (n, V), z (n, 1)]: softmax is e / z, with no maximum taken off,
     because the cap bounds the logits.
     """
 
-    @mx.custom_function
-    def head(f: Array, weight: Array, bias: Array, y: Array) -> list[Array]:
-        t = fast_tanh(mx.addmm(bias, f, weight.T, alpha=1 / cap, beta=1 / cap))
+    def forward(f: Array, weight: Array, bias: Array, y: Array) -> list[Array]:
+        f, bias = f * (1 / cap), bias * (1 / cap)
+        t = fast_tanh(f @ weight.T if bias.size == 1 else mx.addmm(bias, f, weight.T))
         e = fast_exp(t * cap)
         z = mx.sum(e, axis=-1, keepdims=True)
         picked = mx.take_along_axis(t, y[:, None], axis=-1) * cap
         return [(mx.log(z) - picked)[:, 0], t, e, z]
 
-    @head.vjp
-    def head_vjp(primals: Any, cotangents: Any, outputs: Any) -> tuple[Array, ...]:
+    def backward(primals: Any, cotangents: Any, outputs: Any) -> tuple[Array, ...]:
         (f, weight, bias, y), (_, t, e, z) = primals, outputs
-        d_nll, at = cotangents[0][:, None], y[:, None]
-        d = e * (d_nll / z)
-        d = mx.put_along_axis(d, at, mx.take_along_axis(d, at, axis=-1) - d_nll, axis=-1)
+        row, at = cotangents[0][:, None] / z, y[:, None]  # a row's factor, cheaper on (n, K)
+        d = mx.put_along_axis(e, at, mx.take_along_axis(e, at, axis=-1) - z, axis=-1)
         d = through_cap(d, t)
-        d_bias = d if bias.shape == d.shape else mx.zeros_like(bias)
-        return d @ weight, d.T @ f, d_bias, mx.zeros_like(y)
+        d_bias = d * row if bias.shape == d.shape else mx.zeros_like(bias)
+        return (d @ weight) * row, d.T @ (f * row), d_bias, mx.zeros_like(y)
 
-    return head
+    return with_gradient(forward, backward)
 
 
 @functools.cache
@@ -961,9 +1043,11 @@ def squared_leaky_relu(leak: float) -> Callable[[Array], Array]:
     def slope(h: Array, d: Array) -> Array:
         return (h * a + mx.abs(h) * b) * d
 
-    function = mx.custom_function(compiled(lambda h: h * 0.5 * (h * a + mx.abs(h) * b)))
-    function.vjp(lambda h, d, _: slope(h, d))
-    return function
+    @compiled
+    def value(h: Array) -> Array:
+        return h * 0.5 * (h * a + mx.abs(h) * b)
+
+    return with_gradient(value, lambda h, d, _: slope(h, d))
 
 
 # ==================================================================================================
@@ -975,7 +1059,7 @@ SCORE_LIMIT = 80.0  # |score| <= gain * sqrt(head_dim): keeps exponentials in fl
 
 def rms_norm(x: Array) -> Array:
     """x / sqrt(mean(x^2)) over the last axis, without a weight."""
-    return mx.fast.rms_norm(x, None, 1e-6)
+    return cpu_rms_norm(x)[0] if on_cpu() else mx.fast.rms_norm(x, None, RMS_EPS)
 
 
 def init_matrix(rows: int, columns: int, rng: Any, orthogonal: bool) -> Array:
@@ -988,14 +1072,16 @@ def init_matrix(rows: int, columns: int, rng: Any, orthogonal: bool) -> Array:
 
 
 class Linear(nn.Module):
-    """x (..., columns) -> (..., rows); the float32 weight is cast to x's dtype."""
+    """x (..., columns) -> (..., rows), times `gain` (rows,); weights are cast to x's dtype."""
 
     def __init__(self, weight: Array) -> None:
         super().__init__()
         self.weight = weight
 
-    def __call__(self, x: Array) -> Array:
-        return x @ self.weight.astype(x.dtype).T
+    def __call__(self, x: Array, gain: Array | float = 1.0) -> Array:
+        # On the weight a gain costs less than on the output.
+        weight = self.weight * gain[:, None] if isinstance(gain, Array) else self.weight
+        return x @ weight.astype(x.dtype).T
 
 
 class Attention(nn.Module):
@@ -1009,7 +1095,7 @@ class Attention(nn.Module):
         super().__init__()
         d, self.heads, self.kv_heads = cfg.model_dim, cfg.num_heads, cfg.num_kv_heads
         self.head_dim, self.xsa = d // cfg.num_heads, xsa
-        self.rope = nn.RoPE(cfg.rope_dims or self.head_dim, base=cfg.rope_base)
+        self.rope_dims, self.rope_base = cfg.rope_dims or self.head_dim, cfg.rope_base
         kv = self.head_dim * self.kv_heads
         self.c_q = Linear(init_matrix(d, d, rng, cfg.use_ortho_init))
         self.c_k = Linear(init_matrix(kv, d, rng, cfg.use_ortho_init))
@@ -1017,24 +1103,36 @@ class Attention(nn.Module):
         self.proj = Linear(mx.zeros((d, d)))
         self.q_gain = mx.full((self.heads,), cfg.qk_gain_init)
 
-    def __call__(self, x: Array) -> Array:
-        """(B, T, D) -> (B, T, D)."""
+    def __call__(self, x: Array, gain: Array) -> Array:
+        """(B, T, D) -> (B, T, D), times gain (D,)."""
         batch, length, _ = x.shape
 
         def split(y: Array, heads: int) -> Array:
-            return y.reshape(batch, length, heads, self.head_dim).transpose(0, 2, 1, 3)
+            return y.reshape(batch, length, heads, self.head_dim)
 
-        gain = mx.minimum(self.q_gain, SCORE_LIMIT / self.head_dim**0.5)
-        gain = gain.astype(x.dtype)[:, None, None]
-        q = self.rope(rms_norm(split(self.c_q(x), self.heads))) * gain
-        k = self.rope(rms_norm(split(self.c_k(x), self.kv_heads)))
-        v = split(self.c_v(x), self.kv_heads)
+        q_gain = mx.minimum(self.q_gain, SCORE_LIMIT / self.head_dim**0.5)
+        q_gain = q_gain.astype(x.dtype)[:, None, None]
+        rope = self.rope_dims, self.rope_base
+        q = rotary(rms_norm(split(self.c_q(x), self.heads)), *rope) * q_gain
+        k = rotary(rms_norm(split(self.c_k(x), self.kv_heads)), *rope)
+        v = split(self.c_v(x), self.kv_heads).transpose(0, 2, 1, 3)
         y = causal_attention(q, k, v, self.head_dim**-0.5)
         if self.xsa:
             own = mx.repeat(v, self.heads // self.kv_heads, axis=1)
             own = own * mx.rsqrt(mx.sum(own * own, axis=-1, keepdims=True) + 1e-6)
             y = y - mx.sum(y * own, axis=-1, keepdims=True) * own
-        return self.proj(y.transpose(0, 2, 1, 3).reshape(batch, length, -1))
+        return self.proj(y.transpose(0, 2, 1, 3).reshape(batch, length, -1), gain)
+
+
+def rotary(x: Array, dims: int, base: float) -> Array:
+    """RoPE on the first `dims` of d, neighbours in pairs: (B, T, H, d) -> (B, H, T, d).
+
+    MLX's kernel, or on a CPU a complex product.
+    """
+    if on_cpu():
+        return cpu_rotate(x, rope_turns(x.shape[1], x.shape[3], dims, base)).transpose(0, 2, 1, 3)
+    x = x.transpose(0, 2, 1, 3)
+    return mx.fast.rope(x, dims, traditional=True, base=base, scale=1.0, offset=0)
 
 
 def causal_attention(q: Array, k: Array, v: Array, scale: float) -> Array:
@@ -1042,7 +1140,7 @@ def causal_attention(q: Array, k: Array, v: Array, scale: float) -> Array:
     if not on_cpu():
         return mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask="causal")
     grouped = (q * scale).reshape(q.shape[0], k.shape[1], -1, *q.shape[2:])
-    return cpu_attention(grouped, k, v)[0].reshape(q.shape)
+    return cpu_attention(grouped, mx.contiguous(k), mx.contiguous(v))[0].reshape(q.shape)
 
 
 class MLP(nn.Module):
@@ -1055,9 +1153,9 @@ class MLP(nn.Module):
         self.proj = Linear(mx.zeros((cfg.model_dim, hidden)))
         self.leak = cfg.mlp_leak
 
-    def __call__(self, x: Array) -> Array:
-        """(B, T, D) -> (B, T, D)."""
-        return self.proj(squared_leaky_relu(self.leak)(self.fc(x)))
+    def __call__(self, x: Array, gain: Array) -> Array:
+        """(B, T, D) -> (B, T, D), times gain (D,)."""
+        return self.proj(squared_leaky_relu(self.leak)(self.fc(x)), gain)
 
 
 class Block(nn.Module):
@@ -1081,8 +1179,8 @@ class Block(nn.Module):
         """x, x0 (B, T, D) -> (B, T, D); x0 is the embedding."""
         mix = self.resid_mix.astype(x.dtype)
         x = mix[0] * x + mix[1] * x0
-        x = x + (self.attn_scale * self.depth_scale).astype(x.dtype) * self.attn(rms_norm(x))
-        return x + (self.mlp_scale * self.depth_scale**2).astype(x.dtype) * self.mlp(rms_norm(x))
+        x = x + self.attn(rms_norm(x), self.attn_scale * self.depth_scale)
+        return x + self.mlp(rms_norm(x), self.mlp_scale * self.depth_scale**2)
 
 
 class EngramLite(nn.Module):
@@ -1280,21 +1378,19 @@ def orthogonalise(g: Array, steps: int) -> Array:
     x = x / (mx.sqrt(mx.sum(x * x, axis=(-2, -1), keepdims=True)) + 1e-7)
     for _ in range(steps):
         s = x @ x.swapaxes(-1, -2)
-        x = a * x + (b * s + c * (s @ s)) @ x
+        x = mx.addmm(x, mx.addmm(s, s, s, alpha=c, beta=b), x, beta=a)
     return x.swapaxes(-1, -2) if tall else x
 
 
-def muon(p: Array, g: Array, buffer: Array, hyper: Arrays, cfg: Knobs) -> tuple[Array, Array]:
-    """One Muon update of stacked matrices (n, rows, columns): (new p, new buffer).
+def muon(g: Array, buffer: Array, hyper: Arrays, cfg: Knobs) -> tuple[Array, Array]:
+    """Muon on stacked gradients (n, rows, columns): (what to take off the matrices, new buffer).
 
-    Nesterov momentum, then orthogonalisation, scaled by sqrt(max(1, rows / columns)); the decay is
-    decoupled and multiplied by the learning rate.
+    Nesterov momentum, then orthogonalisation, scaled by sqrt(max(1, rows / columns)).
     """
     buffer = hyper["momentum"] * buffer + g
     update = orthogonalise(g + hyper["momentum"] * buffer, cfg.muon_backend_steps)
-    lr = hyper["lr"] * cfg.matrix_lr
-    scale = math.sqrt(max(1.0, p.shape[-2] / p.shape[-1]))
-    return p * (1 - lr * cfg.muon_weight_decay) - (lr * scale) * update, buffer
+    scale = math.sqrt(max(1.0, g.shape[-2] / g.shape[-1]))
+    return (hyper["lr"] * cfg.matrix_lr * scale) * update, buffer
 
 
 @compiled
@@ -1369,9 +1465,10 @@ def apply_gradients(
         new[name], m, v = adam(p, g, m, v, lr, hyper["step"], cfg, decay)
         state |= {f"m/{name}": m, f"v/{name}": v}
     for same in stacks.values():
-        p, g = (mx.stack([tree[n] for n in same]) for tree in (params, grads))
-        p, b = muon(p, g, mx.stack([opt[f"buffer/{n}"] for n in same]), hyper, cfg)
-        new |= {n: p[i] for i, n in enumerate(same)}
+        g, b = mx.stack([grads[n] for n in same]), mx.stack([opt[f"buffer/{n}"] for n in same])
+        u, b = muon(g, b, hyper, cfg)
+        keep = 1 - hyper["lr"] * cfg.matrix_lr * cfg.muon_weight_decay
+        new |= {n: params[n] * keep - u[i] for i, n in enumerate(same)}
         state |= {f"buffer/{n}": b[i] for i, n in enumerate(same)}
     return new, state
 
@@ -2709,7 +2806,7 @@ class LogisticMixer:
 # ==================================================================================================
 
 CLIP_RATIOS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65)
-MAGIC, FORMAT_VERSION = b"MLXGOLF1", 3
+MAGIC, FORMAT_VERSION = b"MLXGOLF1", 4
 # Magic, version, compressor, SHA-256 of those two and the rest, bytes of the compressed model.
 PREFIX = struct.Struct("<8sHB32sQ")
 # Bytes a value after compression, for rows of Gaussian noise (measured, brotli 11).
@@ -2968,6 +3065,15 @@ def net_stream(
         out = np.concatenate([np.array(p) for p in parts])
         for (_, first, end), logs in zip(group, out, strict=False):
             yield first, logs[: end - first]
+
+
+def ahead(parts: Iterator[tuple[int, Any]]) -> Iterator[tuple[int, Any]]:
+    """The same parts, each made while the one before is used."""
+    with ThreadPoolExecutor(1) as pool:
+        coming = pool.submit(next, parts, None)
+        while part := coming.result():
+            coming = pool.submit(next, parts, None)
+            yield part
 
 
 def first_window(model: GPT, inputs: Any, workers: Workers) -> Any:
@@ -3515,7 +3621,7 @@ class Validation:
         done = sum(len(part) for _, part in scored)
         begin, shape = time.perf_counter(), (*eval_shape(self.cfg, mode), batch)
         stream = net_stream(self.model, params, self.text, shape, self.workers)
-        parts = costs(stream, self.text, scorer, done)
+        parts = costs(ahead(stream), self.text, scorer, done)
         show = show_progress(f"eval {mode}{self.part}")
         result = score(itertools.chain(scored, parts), self.text, self.tokens, show)
         seconds = time.perf_counter() - begin

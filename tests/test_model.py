@@ -48,12 +48,13 @@ def sigmoid(x):
 
 
 def rotate(x, dims, base):
-    """RoPE on the first `dims` of a head: dimension i turns with dimension i + dims / 2."""
+    """RoPE on the first `dims` of a head: dimension 2i turns with dimension 2i + 1."""
     half = dims // 2
     angle = np.arange(len(x))[:, None] * base ** (-np.arange(half) / half)
-    a, b = x[:, :half], x[:, half:dims]
-    turned = [a * np.cos(angle) - b * np.sin(angle), a * np.sin(angle) + b * np.cos(angle)]
-    return np.concatenate([*turned, x[:, dims:]], axis=-1)
+    out, (a, b) = x.copy(), (x[:, 0:dims:2], x[:, 1:dims:2])
+    out[:, 0:dims:2] = a * np.cos(angle) - b * np.sin(angle)
+    out[:, 1:dims:2] = a * np.sin(angle) + b * np.cos(angle)
+    return out
 
 
 def attention(x, p, cfg, xsa):

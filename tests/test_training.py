@@ -280,6 +280,7 @@ def test_loss_weights_follow_the_chosen_partner(make_trainer, by):
 def check_last_state(trainer, step: int) -> None:
     """The checkpoint holds the trainer's state, all of it finite."""
     assert trainer.step == step
+    trainer.save()
     saved = mx.load(str(trainer.report.folder / "checkpoint" / "state.safetensors"))
     kept = {n.removeprefix("params:"): a for n, a in saved.items() if n.startswith("params:")}
     assert same(kept, trainer.params)
@@ -303,7 +304,7 @@ def test_a_gradient_that_is_not_finite_stops_the_run_at_the_state_before(
 
 
 # beyond what the knobs allow: the weights grow until a loss or a gradient overflows
-@pytest.mark.parametrize("rate", [{"scalar_lr": 1e25}, {"tied_embed_lr": 1e25}])
+@pytest.mark.parametrize("rate", [{"scalar_lr": 1e25}, {"tied_embed_lr": 1e38}])
 def test_a_learning_rate_that_is_too_high_stops_the_run_with_finite_weights(make_trainer, rate):
     trainer = make_trainer(ITERATIONS=50)
     trainer.cfg = t.dataclasses.replace(trainer.cfg, **rate)
