@@ -38,6 +38,7 @@ the order in which data flows:
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import ctypes
 import dataclasses
@@ -56,6 +57,7 @@ import multiprocessing
 import operator
 import os
 import platform
+import queue
 import re
 import resource
 import shutil
@@ -67,7 +69,7 @@ import threading
 import time
 import zlib
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, get_type_hints
@@ -207,7 +209,7 @@ class Knobs:
 
     mixer: str = knob("logistic", "context models at evaluation", choices="logistic backoff off")
     ngram_mixer_enabled: bool = knob(True, "0 is the same as MIXER=off")
-    mixer_memory_mb: int = knob(2100, "logistic: MiB of tables", lo=1, hi=1 << 15)
+    mixer_memory_mb: int = knob(1950, "logistic: MiB of tables", lo=1, hi=1 << 15)
     pack_text_bytes: int = knob(-1, "logistic: bytes of training text; -1: all that is left", lo=-1)
     ngram_max_order: int = knob(4, "backoff: tokens of the longest context", lo=1, hi=8)
     ngram_alpha: str = knob("0.25", "backoff: the n-gram model's weight, or `auto`: learned")
@@ -826,9 +828,27 @@ def on_cpu() -> bool:
 
 
 @functools.cache
-def untraced_thread() -> ThreadPoolExecutor:
-    """A thread that builds graphs for one that traces a gradient."""
-    return ThreadPoolExecutor(1)
+def untraced_work() -> queue.SimpleQueue:
+    """Where a thread that never traces a gradient takes its work from."""
+    work = queue.SimpleQueue()
+
+    def serve() -> None:
+        for done, stream, build, args in iter(work.get, None):
+            try:
+                with mx.stream(stream):
+                    done.set_result(build(*args))
+            except BaseException as error:
+                done.set_exception(error)
+        mx.clear_streams()  # a stream ends in the thread that made it
+
+    def end() -> None:
+        work.put(None)
+        thread.join()
+
+    thread = threading.Thread(target=serve, daemon=True)
+    thread.start()
+    atexit.register(end)
+    return work
 
 
 def untraced(build: Callable[..., Any]) -> Callable[..., Any]:
@@ -837,14 +857,11 @@ def untraced(build: Callable[..., Any]) -> Callable[..., Any]:
     For the halves of functions with a gradient of their own, which nobody differentiates again.
     """
 
-    def run(stream: Any, args: tuple[Any, ...]) -> Any:
-        with mx.stream(stream):
-            return build(*args)
-
     @functools.wraps(build)
     def call(*args: Any) -> Any:
-        stream = mx.default_stream(mx.default_device())
-        return untraced_thread().submit(run, stream, args).result()
+        done, stream = Future(), mx.default_stream(mx.default_device())
+        untraced_work().put((done, stream, build, args))
+        return done.result()
 
     return call
 
@@ -1140,7 +1157,8 @@ def causal_attention(q: Array, k: Array, v: Array, scale: float) -> Array:
     if not on_cpu():
         return mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask="causal")
     grouped = (q * scale).reshape(q.shape[0], k.shape[1], -1, *q.shape[2:])
-    return cpu_attention(grouped, mx.contiguous(k), mx.contiguous(v))[0].reshape(q.shape)
+    k, v = mx.contiguous(k), mx.contiguous(v)
+    return cpu_attention(grouped, k, v)[0].reshape(q.shape)
 
 
 class MLP(nn.Module):
@@ -1883,16 +1901,34 @@ SMOOTHINGS = {  # D, A, B, q is p_{k-1}, shorter contexts count distinct left ne
 # A node is a string of tokens; its parent lacks the leftmost one, and node 0 is the empty string.
 # It is the pair (context, token) when its last token is scored and then the next token's context,
 # so that one chain of look-ups a token finds both. key: parent * V + leftmost token, compared in
-# full, so that ids are exact; count: c, as a pair; total, kinds: n and m, as a context.
-NODE = np.dtype([("key", np.int64), ("count", np.int32), ("total", np.int32), ("kinds", np.int32)])
+# full, so that ids are exact; place: hash of the string, where the table is searched for it; count:
+# c, as a pair; total, kinds: n and m, as a context. Places do not depend on ids, so that those of
+# all orders can be loaded at once, which hides memory's latency.
+NODE = np.dtype([("key", np.int64), ("place", np.uint32)]
+                + [(name, np.int32) for name in ("count", "total", "kinds")])  # fmt: skip
 FIRST_ALPHA, FIRST_TOKENS = 0.25, 8.0  # a learned alpha at start, and how many tokens it is worth
 
 
+def huge_zeros(n: int, dtype: Any) -> Any:
+    """Zeros (n,) from the start of a page, of huge ones where the system has them."""
+    memory = mmap.mmap(-1, max(n * np.dtype(dtype).itemsize, 1))
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return np.frombuffer(memory, dtype, n)
+
+
 @njit(nogil=True, cache=True)
-def slot_of(slots, nodes, key):
-    """Where the node with this key stands in the open-addressing table, or its empty place."""
+def mix_hash(h, value):
+    """One round of a 64-bit multiply-xor-shift."""
+    h = (h ^ np.uint64(value)) * np.uint64(0x9E3779B97F4A7C15)
+    return h ^ (h >> np.uint64(29))
+
+
+@njit(nogil=True, cache=True)
+def slot_of(slots, nodes, key, place):
+    """Where the node with this key stands in the open-addressing table, or its empty slot."""
     mask = len(slots) - 1
-    at = np.int64((np.uint64(key) * np.uint64(0x9E3779B97F4A7C15)) >> np.uint64(32)) & mask
+    at = np.int64(place) & mask
     while slots[at] and nodes[slots[at]].key != key:
         at = (at + 1) & mask
     return at
@@ -1902,11 +1938,25 @@ def slot_of(slots, nodes, key):
 def fill(slots, nodes, used):
     """Enter nodes 1 .. used - 1 into an empty table."""
     for i in range(1, used):
-        slots[slot_of(slots, nodes, nodes[i].key)] = i
+        slots[slot_of(slots, nodes, nodes[i].key, nodes[i].place)] = i
 
 
 @njit(nogil=True, cache=True)
-def ngram_probability(state, token, vocab, rule):
+def pair_places(state, token, vocab, places, found):
+    """Place of (context, token) for each order's context; what it finds there is loaded early."""
+    slots, nodes, head, path, _ = state
+    h = mix_hash(np.uint64(0), token)
+    for k in range(head[1] + 1):
+        if k:
+            h = mix_hash(h, nodes[path[k]].key % vocab)
+        places[k] = h >> np.uint64(32)
+        found[k] = slots[np.int64(places[k]) & (len(slots) - 1)]
+    for k in range(head[1] + 1):
+        found[k] = nodes[found[k]].count
+
+
+@njit(nogil=True, cache=True)
+def ngram_probability(state, token, vocab, rule, places):
     """(p of `token`, trust in it: a number from the longest context with counts); changes nothing.
 
     trust = 3 * that context's order + 0, 1, 2 for continuations seen once, twice, more on average.
@@ -1920,7 +1970,7 @@ def ngram_probability(state, token, vocab, rule):
             break
         if k == 0 or pair:
             step = context.key % vocab if k else token
-            pair = slots[slot_of(slots, nodes, pair * vocab + step)]
+            pair = slots[slot_of(slots, nodes, pair * vocab + step, places[k])]
         count = nodes[pair].count if pair else 0
         rest = flat * vocab + per_kind * context.kinds
         mass = max(count - discount, 0.0) + rest * (p if interpolated else 1.0 / vocab)
@@ -1930,9 +1980,10 @@ def ngram_probability(state, token, vocab, rule):
 
 
 @njit(nogil=True, cache=True)
-def learn(state, token, vocab, bos, distinct):
+def learn(state, token, vocab, bos, distinct, places):
     """Count `token` once in each of its contexts, then make it the context's newest token.
 
+    places: see `pair_places`.
     state: slots, nodes, head (nodes used, length of the context, tokens learned), path (the node of
     the context of each order), weights. `distinct`: see SMOOTHINGS' last column.
     """
@@ -1941,9 +1992,9 @@ def learn(state, token, vocab, bos, distinct):
     pairs, pair = np.empty(depth + 1, np.int64), 0
     for k in range(depth + 1):
         key = pair * vocab + (nodes[path[k]].key % vocab if k else token)
-        at = slot_of(slots, nodes, key)
+        at = slot_of(slots, nodes, key, places[k])
         if slots[at] == 0:
-            slots[at], nodes[used].key = used, key
+            slots[at], nodes[used].key, nodes[used].place = used, key, places[k]
             used += 1
         pair = pairs[k] = slots[at]
     fresh = True
@@ -1963,9 +2014,11 @@ def learn(state, token, vocab, bos, distinct):
 def mix(state, tokens, net, top, alphabet, rule, learns, adapts):
     """BackoffMixer.score with the net's log-probabilities of each token and of its likeliest."""
     weights, out = state[4], np.empty((len(tokens), 3))
+    places, found = np.zeros(len(state[3]), np.uint32), np.zeros(len(state[3]), np.int64)
     vocab, bos = alphabet
     for i in range(len(tokens)):
-        p, trust = ngram_probability(state, tokens[i], vocab, rule)
+        pair_places(state, tokens[i], vocab, places, found)
+        p, trust = ngram_probability(state, tokens[i], vocab, rule, places)
         odds, level = top[i] - math.log(max(1.0 - math.exp(top[i]), 1e-9)), 0
         for edge in range(-3, 6):
             level += odds >= edge
@@ -1974,7 +2027,7 @@ def mix(state, tokens, net, top, alphabet, rule, learns, adapts):
         mixed = (1.0 - alpha) * math.exp(net[i]) + alpha * p
         out[i] = -net[i], -math.log(p), -math.log(mixed)
         if learns:
-            learn(state, tokens[i], vocab, bos, rule[4])
+            learn(state, tokens[i], vocab, bos, rule[4], places)
         if learns and adapts:
             weight[0] += alpha * p / mixed
             weight[1] += 1.0
@@ -2001,30 +2054,39 @@ class BackoffMixer:
             raise ValueError(f"order {order}, BOS {bos} of {vocab}, alpha {alpha}: out of range")
         if self.most >= 2**31 or self.most * vocab >= 2**63:
             raise ValueError(f"{capacity} tokens of {vocab} at order {order}: too many to number")
-        nodes, slots, path = np.zeros(2, NODE), np.zeros(4, np.int32), np.zeros(order + 1, np.int64)
-        nodes["key"][1], path[1] = bos, 1
+        # Memory is taken when it is first touched: these are only addresses.
+        nodes, slots, path = (
+            huge_zeros(self.most, NODE),
+            np.zeros(4, np.int32),
+            np.zeros(order + 1, np.int64),
+        )
+        nodes["key"][1], nodes["place"][1], path[1] = (
+            bos,
+            mix_hash(np.uint64(0), bos) >> np.uint64(32),
+            1,
+        )
         fill(slots, nodes, 2)
         prior = (FIRST_ALPHA * FIRST_TOKENS, FIRST_TOKENS) if alpha is None else (alpha, 1.0)
         self.state = slots, nodes, np.array([2, 1, 0]), path, np.full((10, 3 * order + 3, 2), prior)
 
     def reserve(self, tokens: int) -> None:
         """Make room for so many more tokens; at least half of the slots stay empty."""
-        _, nodes, head, path, weights = self.state
-        need = int(head[0]) + tokens * len(path)
+        slots, nodes, head, path, weights = self.state
         if head[2] + tokens > self.capacity:
             raise ValueError(f"{head[2] + tokens} tokens, more than the {self.capacity} announced")
-        if need > len(nodes):
-            more = np.zeros(min(max(need, 2 * len(nodes)), self.most), NODE)
-            more[: len(nodes)] = nodes
-            slots = np.zeros(1 << (2 * len(more) - 1).bit_length(), np.int32)
-            fill(slots, more, head[0])
-            self.state = slots, more, head, path, weights
+        need = 2 * (int(head[0]) + tokens * len(path))
+        if need > len(slots):
+            slots = huge_zeros(1 << (need - 1).bit_length(), np.int32)
+            fill(slots, nodes, head[0])
+            self.state = slots, nodes, head, path, weights
 
     def begin(self, first: int) -> None:
         """Read the text's first token, which is not scored. BOS says nothing: it is assumed."""
         if first != self.alphabet[1]:
             self.reserve(1)
-            learn(self.state, int(first), *self.alphabet, self.rule[4])
+            places, found = np.zeros(9, np.uint32), np.zeros(9, np.int64)
+            pair_places(self.state, int(first), self.alphabet[0], places, found)
+            learn(self.state, int(first), *self.alphabet, self.rule[4], places)
 
     def score(self, tokens: Any, logs: Any, learns: bool = True) -> Any:
         """Score the text's next tokens in order, each before it is learned.
@@ -2068,14 +2130,12 @@ class BackoffMixer:
 class Context(NamedTuple):
     """What a slot or candidate expert knows of the past; a row more is an expert more.
 
-    tokens, classes: bit k is set if token t-1-k, or its class of similar tokens, counts. words: 1
-    the tokens since the last piece that starts a word, 2 that and the word before it. document:
-    counts end with the document.
+    tokens: bit k is set if token t-1-k counts. words: 1 the tokens since the last piece that starts
+    a word, 2 that and the word before it. document: counts end with the document.
     """
 
     name: str
     tokens: int = 0
-    classes: int = 0
     words: int = 0
     document: bool = False
 
@@ -2086,15 +2146,11 @@ SLOT_CONTEXTS = (
     Context("order 3", tokens=0b111),
     Context("word", words=1),
     Context("word pair", words=2),
-    Context("t-1 and class of t-2", tokens=0b1, classes=0b10),
     Context("document", document=True),
     Context("document, order 1", tokens=0b1, document=True),
     Context("document, order 2", tokens=0b11, document=True),
 )
-CANDIDATE_CONTEXTS = (
-    Context("candidates, order 4", tokens=0b1111),
-    Context("candidates, document, word", words=1, document=True),
-)
+CANDIDATE_CONTEXTS = (Context("candidates, order 4", tokens=0b1111),)
 SLOTS, CANDIDATES = len(SLOT_CONTEXTS), len(CANDIDATE_CONTEXTS)
 EXPERTS = SLOTS + CANDIDATES + 1  # and the match
 # Inputs of a decision: each slot's own logit and what such cells meant so far, each candidate
@@ -2132,7 +2188,7 @@ EVIDENCE_BUCKET = np.searchsorted([1, 2, 3, 4, 5, 7, 10, 16, 32], np.arange(2048
 MAP_LIMIT, APM_LIMIT = 1023, 250  # counts up to which cells slow down
 FIRST_RATE, LAST_RATE, FADE = np.float32(0.005), np.float32(0.0002), np.float32(0.003)
 NET_WEIGHT, OTHERS = np.float32(0.3), np.float32(0.75)  # when the net joins: its weight, theirs
-LONGEST_MATCH, SHORTEST_MATCH, CLASS_BITS = 32, 7, 6
+LONGEST_MATCH, SHORTEST_MATCH = 32, 7
 
 
 def cells(probability: Any) -> Any:
@@ -2159,8 +2215,8 @@ class Mixer(NamedTuple):
     What mixes has two heads: one for the contexts alone, one that also hears the net.
     """
 
-    slot_rows: Any  # (SLOTS, 6) int64: a Context's numbers, then first row and rows of its region
-    candidate_rows: Any  # (CANDIDATES, 6) int64
+    slot_rows: Any  # (SLOTS, 5) int64: a Context's numbers, then first row and rows of its region
+    candidate_rows: Any  # (CANDIDATES, 5) int64
     leaf: Any  # (V,) int64: a token's path through the tree, its first decision the highest bit
     token: Any  # (2^L,) int64: the token at a leaf, or -1
     inside: Any  # (2^(L+1),) int64: tokens below each node
@@ -2175,13 +2231,6 @@ class Mixer(NamedTuple):
     history: Any  # (capacity,) int32: the tokens so far
     now: Any  # (5,) int64: tokens so far, document's start, match's place and length, net joined
     words: Any  # (2,) uint64: hashes of the current word and the one before
-
-
-@njit(cache=True)
-def mix_hash(h, value):
-    """One round of a 64-bit multiply-xor-shift."""
-    h = (h ^ np.uint64(value)) * np.uint64(0x9E3779B97F4A7C15)
-    return h ^ (h >> np.uint64(29))
 
 
 @njit(cache=True)
@@ -2231,19 +2280,17 @@ def recent(history, now, back, bos):
 
 
 @njit(cache=True)
-def context_keys(rows, history, now, words, leaf, bos, shift, keys):
+def context_keys(rows, history, now, words, bos, keys):
     """64-bit key of each Context's row: it is of the past alone."""
     for a in range(len(rows)):
         row = rows[a]
-        h = mix_hash(np.uint64(1 << 40), row[0] | row[1] << 8 | row[2] << 16 | row[3] << 20)
+        h = mix_hash(np.uint64(1 << 40), row[0] | row[1] << 8 | row[2] << 12)
         for back in range(8):
             if row[0] >> back & 1:
                 h = mix_hash(h, recent(history, now, back + 1, bos))
-            if row[1] >> back & 1:
-                h = mix_hash(h, leaf[recent(history, now, back + 1, bos)] >> shift)
-        for k in range(row[2]):
+        for k in range(row[1]):
             h = mix_hash(h, words[k])
-        keys[a] = mix_hash(h, now[DOCUMENT]) if row[3] else h
+        keys[a] = mix_hash(h, now[DOCUMENT]) if row[2] else h
 
 
 @njit(cache=True)
@@ -2256,7 +2303,7 @@ def touch(table, rows, keys, node, hashes, at):
     total = np.uint32(0)
     for a in range(len(rows)):
         h = hashes[a] = mix_hash(keys[a], node)
-        place = rows[a, 4] + ((np.int64(h & np.uint64(0xFFFFFFFF)) * rows[a, 5]) >> 32)
+        place = rows[a, 3] + ((np.int64(h & np.uint64(0xFFFFFFFF)) * rows[a, 4]) >> 32)
         at[a] = place & ~(WAYS - 1)
         total += np.uint32(table[at[a], 0])
     return total
@@ -2542,7 +2589,7 @@ def code_tokens(state, tokens, rows, bos, mode, coder, buffer, nats):
     leaves, levels, heads = len(token), 0, 2 if len(rows) else 1
     while 1 << levels < leaves:
         levels += 1
-    shift, touched, from_net = max(levels - CLASS_BITS, 0), np.uint32(0), np.float32(0)
+    touched, from_net = np.uint32(0), np.float32(0)
     keys, candidate_keys = np.zeros(SLOTS, np.uint64), np.zeros(CANDIDATES, np.uint64)
     hashes, candidate_hashes = np.zeros(SLOTS, np.uint64), np.zeros(CANDIDATES, np.uint64)
     slot, found = np.zeros(SLOTS, np.int64), np.zeros(CANDIDATES, np.int64)
@@ -2552,8 +2599,8 @@ def code_tokens(state, tokens, rows, bos, mode, coder, buffer, nats):
     refined, mass = np.zeros((heads, 2), np.int64), np.zeros(2 * leaves, np.int64)
     x[BIAS] = np.float32(0.3)
     for i in range(len(tokens)):
-        context_keys(slot_rows, history, now, words, leaf, bos, shift, keys)
-        context_keys(candidate_rows, history, now, words, leaf, bos, shift, candidate_keys)
+        context_keys(slot_rows, history, now, words, bos, keys)
+        context_keys(candidate_rows, history, now, words, bos, candidate_keys)
         touched += touch(candidates, candidate_rows, candidate_keys, 0, candidate_hashes, found)
         before, before_2 = recent(history, now, 1, bos), recent(history, now, 2, bos)
         age = document_age(now)
@@ -2656,17 +2703,9 @@ def halves(node: Any, x: Any, weight: Any) -> tuple[Any, Any]:
 
 
 def context_rows(contexts: tuple[Context, ...], regions: tuple[tuple[int, int], ...]) -> Any:
-    """Contexts -> (n, 6) int64 for the kernel; regions: (first row, rows) for others, documents."""
-    rows = [(c.tokens, c.classes, c.words, c.document, *regions[c.document]) for c in contexts]
+    """Contexts -> (n, 5) int64 for the kernel; regions: (first row, rows) for others, documents."""
+    rows = [(c.tokens, c.words, c.document, *regions[c.document]) for c in contexts]
     return np.array(rows, np.int64)
-
-
-def table_rows(n: int, dtype: Any) -> Any:
-    """Zeros (n, 8) from the start of a page, of huge ones where the system has them."""
-    memory = mmap.mmap(-1, max(8 * n * np.dtype(dtype).itemsize, 1))
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        memory.madvise(mmap.MADV_HUGEPAGE)
-    return np.frombuffer(memory, dtype, 8 * n).reshape(n, 8)
 
 
 def new_maps(levels: int) -> Any:
@@ -2698,7 +2737,8 @@ def new_mixer(tokens: Tokens, leaf: Any, capacity: int, memory_mb: int) -> Mixer
         slot_rows=context_rows(SLOT_CONTEXTS, ((local, slots - local), (0, local))),
         candidate_rows=context_rows(CANDIDATE_CONTEXTS, ((0, found), (0, found))),
         leaf=leaf, token=token, inside=inside, starts=tokens.leading,
-        slots=table_rows(slots, np.uint16), candidates=table_rows(found, np.uint32),
+        slots=huge_zeros(8 * slots, np.uint16).reshape(-1, 8),
+        candidates=huge_zeros(8 * found, np.uint32).reshape(-1, 8),
         maps=new_maps(levels),
         weights=np.full((2, set_rows, WIDTH), 0.15 / SETS, np.float32),
         visits=np.zeros((2, set_rows), np.float32),
@@ -2966,6 +3006,25 @@ def estimate_bytes(params: Arrays, groups: dict[str, Group], cfg: Knobs) -> int:
     return int(size)
 
 
+def estimate_memory(params: Arrays, cfg: Knobs, windows: int) -> dict[str, int]:
+    """Peak bytes by estimate: {"net": of training, "mixer": of each process that has one}.
+
+    windows: in a microbatch, of all workers together. The net's are those of its float32 tensors
+    (old and new values, moments and average, gradients of each worker and their sum) and of what a
+    microbatch keeps for the gradient: its blocks, the scores, and the head.
+    """
+    size = 4 if compute_dtype(cfg) == "float32" else 2
+    tokens, d = windows * cfg.train_seq_len, cfg.model_dim
+    numbers = sum(p.size for p in params.values())
+    kept = (14 + 3 * cfg.mlp_mult) * d + cfg.num_heads * cfg.train_seq_len * (
+        1.25 if on_cpu() else 1
+    )
+    vocab = params["tok_emb"].shape[0]
+    head = min(cfg.logit_chunk_tokens or tokens, tokens) * vocab * 4 * 4
+    net = 4 * numbers * 10 + int(tokens * cfg.num_layers * kept * size) + head
+    return {"net": net, "mixer": cfg.mixer_memory_mb << 20 if cfg.mixer == "logistic" else 0}
+
+
 @dataclass(frozen=True)
 class Packed:
     """Training text inside an artifact, as the logistic mixer's code; decoding it is priming."""
@@ -3070,10 +3129,13 @@ def net_stream(
 def ahead(parts: Iterator[tuple[int, Any]]) -> Iterator[tuple[int, Any]]:
     """The same parts, each made while the one before is used."""
     with ThreadPoolExecutor(1) as pool:
-        coming = pool.submit(next, parts, None)
-        while part := coming.result():
+        try:
             coming = pool.submit(next, parts, None)
-            yield part
+            while part := coming.result():
+                coming = pool.submit(next, parts, None)
+                yield part
+        finally:
+            pool.submit(mx.clear_streams)  # a stream ends in the thread that made it
 
 
 def first_window(model: GPT, inputs: Any, workers: Workers) -> Any:
@@ -3675,6 +3737,13 @@ def describe_training(trainer: Trainer, validation: Validation) -> Iterator[str]
     yield (f"validation: {len(validation.text):,} tokens in {validation.shards} shard(s)"
            f"{validation.part}")  # fmt: skip
     yield f"script and artifact: about {size:,} of {ARTIFACT_LIMIT_BYTES:,} bytes, by estimate"
+    windows = sum(piece.stop - piece.start for piece in trainer.rounds[0])
+    use, limit = estimate_memory(trainer.params, cfg, windows), memory_limit()
+    most = max(use["net"] + use["mixer"], 2 * use["mixer"])  # two processes prime a mixer each
+    yield (f"memory: about {use['net'] / 1e9:.1f} GB for the net's training, "
+           f"{use['mixer'] / 1e9:.1f} for a mixer, by estimate, of {limit / 1e9:.1f}")  # fmt: skip
+    if most > limit:
+        yield "warning: memory may not suffice: lower MLX_MAX_MICROBATCH_TOKENS or MIXER_MEMORY_MB"
 
 
 def peak_memory() -> int:
@@ -3683,6 +3752,13 @@ def peak_memory() -> int:
         return mx.get_peak_memory()
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def memory_limit() -> int:
+    """Bytes that the GPU recommends to use, or that the machine has."""
+    gpu = {} if on_cpu() else mx.device_info()
+    machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return gpu.get("max_recommended_working_set_size", gpu.get("total_memory", machine))
 
 
 def train_and_export(

@@ -150,7 +150,7 @@ def test_the_layout_is_json_and_raw_tensors(written):
     path, params, _, _ = written
     raw = path.read_bytes()
     magic, version, number, _, model_bytes = struct.unpack_from("<8sHB32sQ", raw)
-    assert (magic, version, model_bytes) == (b"MLXGOLF1", 3, len(raw) - 51)
+    assert (magic, version, model_bytes) == (b"MLXGOLF1", 4, len(raw) - 51)
     body = t.compressors()[number][2](raw[51:])
     (length,) = struct.unpack_from("<I", body)
     header = json.loads(body[4 : 4 + length])

@@ -235,13 +235,13 @@ def test_a_large_vocabulary():
 
 def test_keys_that_share_a_slot_stay_apart():
     nodes = np.zeros(400, t.NODE)
-    nodes["key"][1:] = np.arange(1, 400) * (1 << 40)  # equal low bits, far apart
+    nodes["key"][1:] = np.arange(1, 400) * (1 << 40)  # all of them at place 0
     slots = np.zeros(1024, np.int32)
     t.fill(slots, nodes, 400)
     assert sorted(slots[slots > 0].tolist()) == list(range(1, 400))
     for i in range(1, 400):
-        assert slots[t.slot_of(slots, nodes, nodes["key"][i])] == i
-    assert slots[t.slot_of(slots, nodes, 12345)] == 0
+        assert slots[t.slot_of(slots, nodes, nodes["key"][i], 0)] == i
+    assert slots[t.slot_of(slots, nodes, 12345, 0)] == 0
 
 
 def test_the_learned_weight_finds_the_better_expert():

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import time
 
 import numpy as np
 import pytest
@@ -299,3 +300,24 @@ def test_streams_that_repeat_or_overlap_are_refused(text):
             t.score(net_costs(wrong, text), text, facts(), silent)
     with pytest.raises(t.AuditFailed, match="coverage"):  # what is missing has no bytes
         t.score(net_costs(parts, text), np.append(text, np.int32(BOS)), facts(), silent)
+
+
+def test_ahead_makes_the_next_part_while_one_is_used():
+    made = []
+
+    def parts():
+        for i in range(3):
+            made.append(i)
+            yield i, i
+        raise ValueError("broken")
+
+    stream = t.ahead(parts())
+    assert next(stream) == (0, 0)
+    for _ in range(100):
+        if made == [0, 1]:
+            break
+        time.sleep(0.05)
+    assert made == [0, 1]
+    assert [next(stream), next(stream)] == [(1, 1), (2, 2)]
+    with pytest.raises(ValueError, match="broken"):
+        next(stream)

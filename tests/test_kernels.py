@@ -241,3 +241,21 @@ def test_every_table_has_a_hash_of_its_own():
         owners.setdefault(tuple(t.hash_context([ids], 65536, *table)[0].tolist()), []).append(table)
     shared = [tables for tables in owners.values() if len(tables) > 1]
     assert not shared
+
+
+@pytest.mark.skipif(not t.MLX_COMPILES, reason="needs a compiler")
+def test_kernels_are_fused_under_a_gradient(rng, tmp_path):
+    """MLX fuses nothing while it traces a gradient, but the graph must hold fused kernels."""
+    q, k, v = (mx.array(rng.standard_normal(s).astype(np.float32))
+               for s in ((1, 1, 2, 64, 8), (1, 1, 64, 8), (1, 1, 64, 8)))  # fmt: skip
+    fused = []
+
+    def loss(q, k, v):
+        outs = t.cpu_attention(q, k, v)
+        file = tmp_path / "graph.dot"
+        mx.export_to_dot(str(file), outs[1])
+        fused.append(file.read_text().count("Compiled"))
+        return outs[0].sum()
+
+    mx.eval(mx.value_and_grad(loss, argnums=(0, 1, 2))(q, k, v))
+    assert fused[0] >= 1
