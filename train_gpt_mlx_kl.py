@@ -839,6 +839,7 @@ def untraced_work() -> queue.SimpleQueue:
                     done.set_result(build(*args))
             except BaseException as error:
                 done.set_exception(error)
+            del done, stream, build, args  # they would live until the next call
         mx.clear_streams()  # a stream ends in the thread that made it
 
     def end() -> None:
@@ -859,6 +860,8 @@ def untraced(build: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(build)
     def call(*args: Any) -> Any:
+        if not on_cpu():  # whole steps are compiled there
+            return build(*args)
         done, stream = Future(), mx.default_stream(mx.default_device())
         untraced_work().put((done, stream, build, args))
         return done.result()
@@ -1533,16 +1536,16 @@ class Workers(contextlib.AbstractContextManager):
         return [p.result() for p in pending]
 
 
-def make_workers(cfg: Knobs, neighbours: int = 1) -> Workers:
+def make_workers(cfg: Knobs, neighbours: int = 1, ranks: int = 1) -> Workers:
     """WORKERS, or one a core on a CPU, where they share the BLAS's threads; one on a GPU.
 
-    neighbours: ranks that share this machine's cores.
+    neighbours: ranks that share this machine's cores; ranks: those that share a step.
     """
     if cfg.blas not in ("auto", "none") and not BLAS:
         raise UserError(f"BLAS={cfg.blas}: not an OpenBLAS that can be loaded; try BLAS=auto")
-    windows = cfg.train_batch_tokens // cfg.train_seq_len  # more workers would idle
+    windows = cfg.train_batch_tokens // cfg.train_seq_len // ranks  # more workers would idle
     cores = max(cpu_cores() // neighbours, 1)
-    count = cfg.workers or min(cores, windows) if on_cpu() else 1
+    count = cfg.workers or max(min(cores, windows), 1) if on_cpu() else 1
     if BLAS:
         BLAS["set_threads"](max(cores // count, 1))
     return Workers(count)
@@ -1578,10 +1581,20 @@ class Ranks:
         """Whether the flag is set on any rank."""
         return flag if self.count == 1 else self.eval(mx.distributed.all_max(mx.array(+flag))) > 0
 
+    def same(self, text: str) -> Array:
+        """Which of the ranks bring the same text: (ranks,) bool."""
+        mine = mx.array([zlib.crc32(text.encode())], mx.uint32)
+        return (mine if self.count == 1 else self.eval(mx.distributed.all_gather(mine))) == mine
+
     def neighbours(self) -> int:
         """Ranks on this machine."""
-        name = mx.array([zlib.crc32(platform.node().encode())], mx.uint32)
-        return int((self.eval(mx.distributed.all_gather(name)) == name).sum())
+        return int(self.same(platform.node()).sum())
+
+    def check_same(self, text: str) -> None:
+        """Raises UserError, on all ranks, unless all bring the same text."""
+        if not self.same(text).all():
+            raise UserError("the ranks have other settings, tokenizers or training text: mlx.launch"
+                            " passes settings on with --env NAME=value")  # fmt: skip
 
     def in_turn(self, work: Callable[[], Any]) -> Any:
         """The result of `work`, which the ranks do one after another."""
@@ -1867,8 +1880,11 @@ def train(trainer: Trainer, validation: Validation) -> None:
             if due(cfg.val_loss_every) and not trainer.finished() and ranks.rank == 0:
                 validation.during_training(trainer)
             if due(cfg.checkpoint_every):
+                trainer.share()  # unlike machines drift apart in the last bits
                 trainer.save()
     except RunFailed as error:
+        if ranks.rank:
+            raise
         go_on = f"RESUME=1 RUN_ID={report.folder.name}"
         saved = f"{trainer.save()} holds step {trainer.step}: {go_on}"
         raise type(error)(f"{error}; {saved}") from None
@@ -1910,8 +1926,14 @@ FIRST_ALPHA, FIRST_TOKENS = 0.25, 8.0  # a learned alpha at start, and how many 
 
 
 def huge_zeros(n: int, dtype: Any) -> Any:
-    """Zeros (n,) from the start of a page, of huge ones where the system has them."""
-    memory = mmap.mmap(-1, max(n * np.dtype(dtype).itemsize, 1))
+    """Zeros (n,) that take memory when they are touched, in huge pages where there are such."""
+    size = max(n * np.dtype(dtype).itemsize, 1)
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0)
+    try:
+        memory = mmap.mmap(-1, size, flags=flags)
+    except OSError as error:
+        raise UserError(f"no {size:,} bytes for a context model's tables ({error.strerror}): lower "
+                        "MIXER_MEMORY_MB, NGRAM_MAX_ORDER or VAL_MAX_TOKENS") from None  # fmt: skip
     if hasattr(mmap, "MADV_HUGEPAGE"):
         memory.madvise(mmap.MADV_HUGEPAGE)
     return np.frombuffer(memory, dtype, n)
@@ -1983,9 +2005,9 @@ def ngram_probability(state, token, vocab, rule, places):
 def learn(state, token, vocab, bos, distinct, places):
     """Count `token` once in each of its contexts, then make it the context's newest token.
 
-    places: see `pair_places`.
     state: slots, nodes, head (nodes used, length of the context, tokens learned), path (the node of
-    the context of each order), weights. `distinct`: see SMOOTHINGS' last column.
+    the context of each order), weights. `distinct`: see SMOOTHINGS' last column;
+    places: see `pair_places`.
     """
     slots, nodes, head, path, _ = state
     used, depth, learned = head
@@ -2054,17 +2076,10 @@ class BackoffMixer:
             raise ValueError(f"order {order}, BOS {bos} of {vocab}, alpha {alpha}: out of range")
         if self.most >= 2**31 or self.most * vocab >= 2**63:
             raise ValueError(f"{capacity} tokens of {vocab} at order {order}: too many to number")
-        # Memory is taken when it is first touched: these are only addresses.
-        nodes, slots, path = (
-            huge_zeros(self.most, NODE),
-            np.zeros(4, np.int32),
-            np.zeros(order + 1, np.int64),
-        )
-        nodes["key"][1], nodes["place"][1], path[1] = (
-            bos,
-            mix_hash(np.uint64(0), bos) >> np.uint64(32),
-            1,
-        )
+        nodes, slots = huge_zeros(self.most, NODE), np.zeros(4, np.int32)
+        path = np.zeros(order + 1, np.int64)
+        nodes["key"][1], path[1] = bos, 1
+        nodes["place"][1] = mix_hash(np.uint64(0), bos) >> np.uint64(32)
         fill(slots, nodes, 2)
         prior = (FIRST_ALPHA * FIRST_TOKENS, FIRST_TOKENS) if alpha is None else (alpha, 1.0)
         self.state = slots, nodes, np.array([2, 1, 0]), path, np.full((10, 3 * order + 3, 2), prior)
@@ -2084,7 +2099,8 @@ class BackoffMixer:
         """Read the text's first token, which is not scored. BOS says nothing: it is assumed."""
         if first != self.alphabet[1]:
             self.reserve(1)
-            places, found = np.zeros(9, np.uint32), np.zeros(9, np.int64)
+            orders = len(self.state[3])
+            places, found = np.zeros(orders, np.uint32), np.zeros(orders, np.int64)
             pair_places(self.state, int(first), self.alphabet[0], places, found)
             learn(self.state, int(first), *self.alphabet, self.rule[4], places)
 
@@ -3006,23 +3022,23 @@ def estimate_bytes(params: Arrays, groups: dict[str, Group], cfg: Knobs) -> int:
     return int(size)
 
 
-def estimate_memory(params: Arrays, cfg: Knobs, windows: int) -> dict[str, int]:
+def estimate_memory(params: Arrays, cfg: Knobs, pieces: list[int], targets: int) -> dict[str, int]:
     """Peak bytes by estimate: {"net": of training, "mixer": of each process that has one}.
 
-    windows: in a microbatch, of all workers together. The net's are those of its float32 tensors
-    (old and new values, moments and average, gradients of each worker and their sum) and of what a
-    microbatch keeps for the gradient: its blocks, the scores, and the head.
+    pieces: windows that each worker holds at once; targets: tokens of the validation text. The
+    net's are its float32 tensors (values, moments, average, old and new; gradients of each worker
+    and their sum) and what a piece keeps for its gradient: its blocks, the scores, and the head.
     """
     size = 4 if compute_dtype(cfg) == "float32" else 2
-    tokens, d = windows * cfg.train_seq_len, cfg.model_dim
-    numbers = sum(p.size for p in params.values())
-    kept = (14 + 3 * cfg.mlp_mult) * d + cfg.num_heads * cfg.train_seq_len * (
-        1.25 if on_cpu() else 1
-    )
-    vocab = params["tok_emb"].shape[0]
+    tokens, vocab = sum(pieces) * cfg.train_seq_len, params["tok_emb"].shape[0]
+    scores = cfg.num_heads * cfg.train_seq_len * (1.25 if on_cpu() else 1)
+    block = (14 + 3 * cfg.mlp_mult) * cfg.model_dim + scores
     head = min(cfg.logit_chunk_tokens or tokens, tokens) * vocab * 4 * 4
-    net = 4 * numbers * 10 + int(tokens * cfg.num_layers * kept * size) + head
-    return {"net": net, "mixer": cfg.mixer_memory_mb << 20 if cfg.mixer == "logistic" else 0}
+    copies = 4 * sum(p.size for p in params.values()) * (9 + len(pieces))
+    nodes = targets * (cfg.ngram_max_order + 1)  # at most, each with up to four slots
+    mixer = {"logistic": cfg.mixer_memory_mb << 20, "backoff": nodes * (NODE.itemsize + 16)}
+    net = copies + int(tokens * cfg.num_layers * block * size) + head
+    return {"net": net, "mixer": mixer.get(cfg.mixer, 0)}
 
 
 @dataclass(frozen=True)
@@ -3469,7 +3485,9 @@ class Audit:
         scorer = self.scorer(len(text))
         scorer.begin(int(text[0]))
         stream = net_stream(self.model, self.artifact.params, text, shape, self.workers)
-        nats = [part for _, part in covering(costs(keep(stream), text, scorer), len(text) - 1)]
+        nats = [
+            part for _, part in covering(costs(keep(ahead(stream)), text, scorer), len(text) - 1)
+        ]
         return np.concatenate(nats), np.concatenate(rows)
 
     def scorer(self, capacity: int) -> Scorer:
@@ -3737,8 +3755,9 @@ def describe_training(trainer: Trainer, validation: Validation) -> Iterator[str]
     yield (f"validation: {len(validation.text):,} tokens in {validation.shards} shard(s)"
            f"{validation.part}")  # fmt: skip
     yield f"script and artifact: about {size:,} of {ARTIFACT_LIMIT_BYTES:,} bytes, by estimate"
-    windows = sum(piece.stop - piece.start for piece in trainer.rounds[0])
-    use, limit = estimate_memory(trainer.params, cfg, windows), memory_limit()
+    pieces = [piece.stop - piece.start for piece in trainer.rounds[0]]
+    use = estimate_memory(trainer.params, cfg, pieces, len(validation.text))
+    limit = memory_limit()
     most = max(use["net"] + use["mixer"], 2 * use["mixer"])  # two processes prime a mixer each
     yield (f"memory: about {use['net'] / 1e9:.1f} GB for the net's training, "
            f"{use['mixer'] / 1e9:.1f} for a mixer, by estimate, of {limit / 1e9:.1f}")  # fmt: skip
@@ -3773,6 +3792,8 @@ def train_and_export(
         raise UserError(f"VOCAB_SIZE={cfg.vocab_size}, but {tokenizer} has {tokens.vocab} pieces: "
                         "unset VOCAB_SIZE or choose the other tokenizer")  # fmt: skip
     data = TrainWindows(find_shards(folder, "train"), cfg.train_seq_len, cfg.seed, tokens.vocab)
+    knobs = {k: v for k, v in dataclasses.asdict(cfg).items() if k not in LOCAL_KNOBS}
+    ranks.check_same(f"{knobs} {tokens.sha256} {[len(s) for s in data.shards]}")
     model = GPT(cfg, tokens.vocab, tokens.bos)
     validation = Validation(cfg, model, tokens, folder, workers)
     trainer = Trainer(model, cfg, data, report, workers, ranks)
@@ -3956,13 +3977,14 @@ def main(cfg: Knobs, warnings: list[str]) -> None:
         cfg, warnings = knobs_from_env(dict(os.environ), base=artifact.header["knobs"])
         if ranks.rank:
             return
+        ranks.count = 1  # rank 0 goes on alone
     folder, tokenizer, where = ranks.in_turn(lambda: locate_data(cfg))
     report = Silence() if ranks.rank else Report(cfg)
     if on_cpu() and not MLX_COMPILES:
         warnings = [*warnings, "no g++: MLX's CPU kernels run uncompiled, which is slower"]
     for line in [*(f"warning: {w}" for w in warnings), where]:
         report.line(line)
-    with make_workers(cfg, ranks.neighbours()) as workers:
+    with make_workers(cfg, ranks.neighbours(), ranks.count) as workers:
         machine = describe_machine(cfg, workers, ranks)
         report.event({"event": "config", **dataclasses.asdict(cfg), **machine}, *CONFIG_LINES)
         if cfg.eval_only:
@@ -3977,7 +3999,8 @@ def main(cfg: Knobs, warnings: list[str]) -> None:
         final = {**made, "event": "final", "device": machine["machine"],
                  "mlx_version": mx.__version__}  # fmt: skip
         try:
-            result = evaluate(cfg, path, folder, workers, mixer, tokenizer)
+            with make_workers(cfg) as alike:  # as the other process makes them: a message needs it
+                result = evaluate(cfg, path, folder, alike, mixer, tokenizer)
         except AuditFailed as error:
             report.event({**final, "audit": "fail", "audit_failure": str(error)})
             report.line(str(error))

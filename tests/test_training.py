@@ -418,3 +418,31 @@ def test_a_token_beyond_the_vocabulary_names_its_shard(tmp_path):
         data.step(0, data.windows)
     with pytest.raises(t.UserError, match=r"x_train_1\.bin.*64"):
         t.bigram_probability(data)
+
+
+def test_other_ranks_learn_what_rank_0_has_foreseen(make_trainer):
+    trainer = make_trainer(COMPLEMENT_BY="contexts", COMPLEMENT_ALPHA=1)
+    tokens = trainer.data.step(0, trainer.windows)
+    foreseen = mx.full((trainer.windows, tokens.shape[1] - 1), 0.25)
+    foreseen[:, ::2] = 0.75
+
+    class Two:
+        count = 2
+
+        def sum(self, trees):
+            return trees[0] + foreseen
+
+    trainer.ranks = Two()
+    got = trainer.loss_weights(tokens, 0)
+    assert np.allclose(got, t.complementary_weights(np.array(foreseen), 1))
+
+
+def test_memory_by_estimate_grows_with_what_is_asked_for(make_trainer):
+    trainer = make_trainer()
+    cfg, params = trainer.cfg, trainer.params
+    one = t.estimate_memory(params, cfg, [4], 1000)
+    assert t.estimate_memory(params, cfg, [8], 1000)["net"] > one["net"]
+    assert t.estimate_memory(params, cfg, [2, 2], 1000)["net"] > one["net"]
+    assert one["mixer"] == cfg.mixer_memory_mb << 20
+    backoff = t.dataclasses.replace(cfg, mixer="backoff")
+    assert t.estimate_memory(params, backoff, [4], 2000)["mixer"] == 2000 * 5 * 40

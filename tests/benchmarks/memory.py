@@ -45,13 +45,14 @@ def measure(channel, preset: str, microbatch: int) -> None:
         trainer = t.Trainer(t.GPT(cfg, VOCAB, 1), cfg, data, None, t.make_workers(cfg), t.Ranks())
         for _ in range(2):
             trainer.advance()
-    windows = microbatch // cfg.train_seq_len
-    net = t.estimate_memory(trainer.params, cfg, windows)["net"]
-    largest = t.dataclasses.replace(cfg, train_batch_tokens=8192)
+
+    def estimate(tokens: int) -> int:
+        return t.estimate_memory(trainer.params, cfg, [tokens // cfg.train_seq_len], 0)["net"]
+
     channel.send({
         "preset": preset, "microbatch": microbatch, "measured": t.peak_memory() - before,
-        "estimated": net, "parameters": sum(p.size for p in trainer.params.values()),
-        "at_8192": t.estimate_memory(trainer.params, largest, 8192 // cfg.train_seq_len)["net"],
+        "estimated": estimate(microbatch), "at_8192": estimate(8192),
+        "parameters": sum(p.size for p in trainer.params.values()),
     })  # fmt: skip
 
 

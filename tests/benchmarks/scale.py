@@ -4,8 +4,9 @@
 
 The text is Markovian over 1,024 tokens: 85 % of the tokens are one of 64 likely successors of the
 one before, the others are drawn for themselves, both by Zipf's law, a document every 700 tokens or
-so; it has more distinct contexts of four tokens than real text of its length. No net takes part. A
-row at each doubling: rates are of the tokens since the row before. The last line is JSON.
+so; it has more distinct contexts of four tokens than real text of its length. No net takes part;
+the logistic mixer reads 16 M tokens at most. A row at each doubling: rates are of the tokens since
+the row before. The last line is JSON.
 """
 
 import argparse
@@ -107,7 +108,7 @@ def logistic(text: np.ndarray) -> list[dict]:
 def main() -> None:
     """The models asked for, or both; the logistic mixer reads 16 M tokens at most."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("models", nargs="*", choices=["backoff", "logistic", []])
+    parser.add_argument("models", nargs="*")
     parser.add_argument("--tokens", type=int, default=62_021_632)
     args = parser.parse_args()
     text = markov_text(args.tokens)
