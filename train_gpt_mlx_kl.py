@@ -3119,9 +3119,16 @@ def net_stream(
     end is padded on the right, where a causal net does not look), and only scored positions reach
     the vocabulary head.
     """
-    seq_len, stride, batch = shape
-    mx.eval(params)
+    mx.eval(params)  # here, as the stream may be taken from by another thread
     model.update(tree_unflatten(list(params.items())))
+    return batches_of_rows(model, text, shape, workers)
+
+
+def batches_of_rows(
+    model: GPT, text: Any, shape: tuple[int, int, int], workers: Workers
+) -> Iterator[tuple[int, Any]]:
+    """`net_stream`'s parts, by the model's own parameters."""
+    seq_len, stride, batch = shape
     forward = model.log_probs if on_cpu() else mx.compile(model.log_probs, inputs=model.state)
     padded = np.concatenate([text, np.full(seq_len + stride, max(model.bos, 0), np.int32)])
     every = list(windows(len(text) - 1, seq_len, stride))
