@@ -11,18 +11,16 @@ import json
 import multiprocessing
 import sys
 import tempfile
-from pathlib import Path
 
 import numpy as np
+from throughput import ROOT, VOCAB, random_shard
 
-ROOT = Path(__file__).resolve().parents[2]
 ROWS = {
     "cpu": (1024, 2048, 4096),
     "mac": (1024, 2048, 4096),
     "baseline": (1024, 2048, 4096),
     "h100": (1024, 2048),
 }
-VOCAB = 1024
 
 
 def measure(channel, preset: str, microbatch: int) -> None:
@@ -35,11 +33,7 @@ def measure(channel, preset: str, microbatch: int) -> None:
     cfg, _ = t.knobs_from_env({**env, "GRAD_ACCUM_STEPS": "1"})
     t.use_device(cfg)
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "random_train_000000.bin"
-        header = np.zeros(256, "<i4")
-        header[:3] = t.SHARD_MAGIC, t.SHARD_VERSION, 100_000
-        text = np.random.default_rng(0).integers(3, VOCAB, 100_000).astype("<u2")
-        path.write_bytes(header.tobytes() + text.tobytes())
+        path = random_shard(folder)
         data = t.TrainWindows([path], cfg.train_seq_len, cfg.seed, VOCAB)
         before = t.peak_memory()
         trainer = t.Trainer(t.GPT(cfg, VOCAB, 1), cfg, data, None, t.make_workers(cfg), t.Ranks())
