@@ -1334,6 +1334,8 @@ class GPT(nn.Module):
         f, weight, bias = self.head_inputs(x, last)
         f, weight, bias = (a.astype(mx.float32) for a in (f, weight, bias))
         logits = self.cap * mx.tanh((f @ weight.T + bias) / self.cap)
+        # The largest goes off first: a sum near the cap would be rounded by a millionth.
+        logits = logits - mx.max(logits, axis=-1, keepdims=True)
         logs = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
         return logs.reshape(x.shape[0], last, -1)
 
