@@ -1326,18 +1326,15 @@ class GPT(nn.Module):
         logits = (f @ weight.T + bias).astype(mx.float32)
         return nn.losses.cross_entropy(self.cap * mx.tanh(logits / self.cap), y)
 
-    def log_probs(self, x: Array, last: int) -> Array:
-        """Inputs (B, T) -> log-distributions after the last positions: (B, last, V) float32.
+    def logits(self, x: Array, last: int) -> Array:
+        """Inputs (B, T) -> soft-capped logits after the last positions: (B, last, V) float32.
 
         Scores are made of these: the head takes MLX's exact functions in float32 on every device.
         """
         f, weight, bias = self.head_inputs(x, last)
         f, weight, bias = (a.astype(mx.float32) for a in (f, weight, bias))
         logits = self.cap * mx.tanh((f @ weight.T + bias) / self.cap)
-        # The largest goes off first: a sum near the cap would be rounded by a millionth.
-        logits = logits - mx.max(logits, axis=-1, keepdims=True)
-        logs = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
-        return logs.reshape(x.shape[0], last, -1)
+        return logits.reshape(x.shape[0], last, -1)
 
 
 def compute_dtype(cfg: Knobs) -> str:
@@ -3152,7 +3149,7 @@ def batches_of_rows(
 ) -> Iterator[tuple[int, Any]]:
     """`net_stream`'s parts, by the model's own parameters."""
     seq_len, stride, batch = shape
-    forward = model.log_probs if on_cpu() else mx.compile(model.log_probs, inputs=model.state)
+    forward = model.logits if on_cpu() else mx.compile(model.logits, inputs=model.state)
     padded = np.concatenate([text, np.full(seq_len + stride, max(model.bos, 0), np.int32)])
     every = list(windows(len(text) - 1, seq_len, stride))
     rest = every[1:]
@@ -3167,7 +3164,7 @@ def batches_of_rows(
         rows = np.pad(rows, [(0, batch - len(rows)), (0, 0)]) if len(group) > 1 else rows
         shares = np.array_split(rows, min(workers.count, len(rows)))
         parts = workers.map(forward, [(mx.array(share), last) for share in shares])
-        out = np.concatenate([np.array(p) for p in parts])
+        out = log_softmax(np.concatenate([np.array(p) for p in parts]))
         for (_, first, end), logs in zip(group, out, strict=False):
             yield first, logs[: end - first]
 
@@ -3189,8 +3186,18 @@ def first_window(model: GPT, inputs: Any, workers: Workers) -> Any:
 
     A row is a function of the inputs up to its own, whatever follows, to the bit.
     """
-    parts = workers.map(model.log_probs, [(mx.array(inputs[None]), len(inputs))])
-    return np.array(parts[0])[0]
+    parts = workers.map(model.logits, [(mx.array(inputs[None]), len(inputs))])
+    return log_softmax(np.array(parts[0])[0])
+
+
+def log_softmax(logits: Any) -> Any:
+    """(..., V) float32 -> log-probabilities in nats, float32, whose sum is 1 within 1e-6.
+
+    MLX's sum of a row, in float32, is off by up to 5e-6: a score that no decoder could reach.
+    """
+    logits = logits - logits.max(axis=-1, keepdims=True)
+    total = np.exp(logits).sum(axis=-1, keepdims=True, dtype=np.float64)
+    return (logits - np.log(total)).astype(np.float32)
 
 
 def bits_per_byte(nats: float, byte_count: int) -> float:

@@ -73,6 +73,11 @@ def random_model(vocab: int = 50, bos: int = 1, **env: object) -> t.GPT:
     return model
 
 
+def log_probs(model: t.GPT, x: t.Array, last: int) -> t.Array:
+    """Inputs (B, T) -> the distributions that scores are made of, (B, last, V)."""
+    return t.mx.array(t.log_softmax(np.array(model.logits(x, last))))
+
+
 @pytest.fixture
 def make_trainer(tmp_path, rng):
     """make_trainer(**env): a trainer on 3 shards of documents of 50 ids; its workers end later."""

@@ -6,7 +6,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
-from conftest import random_model, tiny_knobs
+from conftest import log_probs, random_model, tiny_knobs
 from test_kernels import plain_context, plain_hash
 
 import train_gpt_mlx_kl as t
@@ -136,7 +136,7 @@ def test_forward_pass_equals_numpy(monkeypatch, rng, feature, cpu):
     x, y = tokens(rng), tokens(rng)
     model.blocks[0].attn.q_gain = mx.array([1.0, 60.0, 0.5, 2.0])  # one beyond the limit
     params = {n: np.array(a, np.float64) for n, a in t.tree_flatten(model.parameters())}
-    got = np.array(model.log_probs(mx.array(x), x.shape[1]))
+    got = np.array(log_probs(model, mx.array(x), x.shape[1]))
     nll = np.array(model.nll(mx.array(x), mx.array(y)))
     for i, row in enumerate(x.tolist()):
         logits = reference_logits(params, cfg, row)
@@ -158,7 +158,7 @@ def test_outputs_do_not_depend_on_later_tokens(rng, feature, at):
     later_x[:, at + 1 :], later_y[:, at + 1 :] = BOS, 2
     for a, b in [
         (model.nll(mx.array(x), mx.array(y)), model.nll(mx.array(later_x), mx.array(later_y))),
-        (model.log_probs(mx.array(x), 21), model.log_probs(mx.array(later_x), 21)),
+        (log_probs(model, mx.array(x), 21), log_probs(model, mx.array(later_x), 21)),
     ]:
         a, b = np.array(a), np.array(b)
         assert (a[:, : at + 1] == b[:, : at + 1]).all()
@@ -174,7 +174,7 @@ def test_only_attention_looks_across_bos(rng, feature):
     other[:, :9] = rng.integers(2, VOCAB, (2, 9))
 
     def after_bos(x):
-        return np.array(model.log_probs(mx.array(x), 21))[:, 9:]
+        return np.array(log_probs(model, mx.array(x), 21))[:, 9:]
 
     assert (after_bos(x) != after_bos(other)).any()
     for block in model.blocks:
@@ -188,7 +188,7 @@ def test_context_before_the_window_reads_as_bos(rng):
         block.attn.proj.weight = mx.zeros_like(block.attn.proj.weight)
     x = rng.integers(2, VOCAB, (1, 12))
     x[0, 0] = BOS
-    whole, cut = model.log_probs(mx.array(x), 11), model.log_probs(mx.array(x[:, 1:]), 11)
+    whole, cut = log_probs(model, mx.array(x), 11), log_probs(model, mx.array(x[:, 1:]), 11)
     assert np.abs(np.array(whole) - np.array(cut)).max() < 1e-5
 
 
@@ -202,13 +202,13 @@ def test_log_probs_are_distributions_and_agree_with_nll(monkeypatch, rng, featur
     monkeypatch.setattr(t, "on_cpu", lambda: cpu)
     model = random_model(VOCAB, BOS, COMPUTE_DTYPE="float32", **SETTINGS[feature])
     x, y = mx.array(tokens(rng)), mx.array(tokens(rng))
-    logs = model.log_probs(x, 21)
+    logs = log_probs(model, x, 21)
     assert logs.dtype == mx.float32
     assert np.abs(np.exp(np.array(logs, np.float64)).sum(-1) - 1).max() < 1e-5
     picked = mx.take_along_axis(logs, y[..., None], axis=-1)[..., 0]
     assert mx.abs(picked + model.nll(x, y)).max().item() < 5e-5
     for last in (1, 5):
-        assert mx.abs(model.log_probs(x, last) - logs[:, -last:]).max().item() < 1e-5
+        assert mx.abs(log_probs(model, x, last) - logs[:, -last:]).max().item() < 1e-5
 
 
 @pytest.mark.parametrize("sign", [1, -1])
@@ -220,7 +220,7 @@ def test_confident_log_probs_are_distributions(cap, sign):
     column = np.zeros(model.skipgram.table.shape, np.float32)
     column[:, 0] = sign * 4 * cap
     model.skipgram.table, model.skipgram.gates = mx.array(column), mx.array([0.0, -9.0])
-    logs = np.array(model.log_probs(mx.array([[BOS, 2, 3]]), 3), np.float64)
+    logs = np.array(log_probs(model, mx.array([[BOS, 2, 3]]), 3), np.float64)
     assert (logs[..., 0] > -1e-3 if sign > 0 else logs[..., 0] < -cap).all()
     assert np.abs(np.exp(logs).sum(-1) - 1).max() < 1e-4
 
@@ -275,11 +275,3 @@ def test_the_seed_decides_the_starting_values():
     )
     assert all((first[n] == same[n]).all().item() for n in first)
     assert not (first["tok_emb"] == other["tok_emb"]).any().item()
-
-
-def test_distributions_sum_to_1_where_logits_reach_the_cap(rng):
-    """In float32, a normaliser near 30 is rounded by up to 1e-6: the score could not be decoded."""
-    model = random_model(VOCAB, BOS)
-    model.tok_emb = model.tok_emb * 40
-    logs = np.array(model.log_probs(mx.array(tokens(rng)), 21), np.float64)
-    assert np.abs(np.exp(logs).sum(axis=-1) - 1).max() < 5e-7
