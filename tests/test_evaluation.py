@@ -330,4 +330,4 @@ def test_distributions_sum_to_1(rng, vocab):
     logs = t.log_softmax(rows).astype(np.float64)
     assert np.abs(np.exp(logs).sum(axis=-1) - 1).max() < 1e-6
     exact = rows - np.log(np.exp(rows.astype(np.float64)).sum(axis=-1, keepdims=True))
-    assert np.abs(logs - exact).max() < 5e-6
+    assert np.abs(logs - exact).max() < 8e-6  # two roundings of numbers near 70
