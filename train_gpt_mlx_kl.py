@@ -152,9 +152,9 @@ class Knobs:
     train_log_every: int = knob(200, "steps between train lines; 0: none")
     complement_alpha: float = knob(0.5, "loss weight 1 - a * P(target) of COMPLEMENT_BY", hi=1)
     complement_by: str = knob(
-        "bigram",
-        "counts of pairs, or the logistic mixer's contexts once they have packed a token",
-        choices="bigram contexts",
+        "contexts",
+        "the logistic mixer's contexts, for the tokens that they have packed; else counts of pairs",
+        choices="contexts bigram",
     )
 
     num_layers: int = knob(11, "transformer blocks", lo=1, hi=96)
@@ -235,7 +235,7 @@ GROUP_TITLES = {
 
 PRESETS = {
     "cpu": """ITERATIONS=1000000 MAX_WALLCLOCK_SECONDS=110 TRAIN_BATCH_TOKENS=2048
-        GRAD_ACCUM_STEPS=1 TRAIN_SEQ_LEN=256 WARMUP_STEPS=1 WARMDOWN_ITERS=400 TRAIN_LOG_EVERY=50
+        GRAD_ACCUM_STEPS=1 TRAIN_SEQ_LEN=256 WARMUP_STEPS=1 WARMDOWN_ITERS=150 TRAIN_LOG_EVERY=50
         NUM_LAYERS=4 MODEL_DIM=192 NUM_HEADS=3 NUM_KV_HEADS=1 MLP_MULT=2 XSA_LAST_N=0
         ENGRAM_EMBED_DIM=64 MATRIX_LR=0.02 HASH_LR=0.15 MUON_MOMENTUM_WARMUP_STEPS=200
         EMA_DECAY=0.98 WEIGHT_BITS=8 EVAL_STRIDE=128 NGRAM_ALPHA=auto PACK_TEXT_BYTES=1000000""",
@@ -251,7 +251,7 @@ PRESETS = {
 }
 
 MIXER_KNOBS = {
-    "logistic": ("mixer_memory_mb", "pack_text_bytes"),
+    "logistic": ("mixer_memory_mb", "pack_text_bytes", "complement_by"),
     "backoff": ("ngram_max_order", "ngram_alpha", "ngram_smoothing"),
 }
 
@@ -366,8 +366,6 @@ def check_together(cfg: Knobs) -> list[str]:
         "RESUME=1 needs RUN_ID: which run should go on?": bool(cfg.run_id) or not cfg.resume,
         f"NGRAM_ALPHA={cfg.ngram_alpha}: must be from 0 to 1, or auto":
             re.fullmatch(r"auto|0|1|0?\.\d+|[01]\.0*", cfg.ngram_alpha) is not None,
-        "COMPLEMENT_BY=contexts needs MIXER=logistic, which packs text":
-            cfg.complement_by == "bigram" or cfg.mixer == "logistic" or cfg.eval_only != "",
     }  # fmt: skip
     return [problem for problem, holds in rules.items() if not holds]
 
@@ -1735,7 +1733,7 @@ class Trainer:
         if self.bigrams is None:
             return np.ones((len(tokens), tokens.shape[1] - 1), np.float32)
         probability = self.bigrams[tokens[:, :-1], tokens[:, 1:]]
-        if self.cfg.complement_by == "contexts":
+        if self.cfg.complement_by == "contexts" and self.cfg.mixer == "logistic":
             foreseen = self.data.step_foreseen(step, self.windows)
             if self.ranks.count > 1:  # rank 0 packs, so it alone knows
                 foreseen = np.array(self.ranks.sum([mx.array(foreseen)]))
@@ -1880,7 +1878,7 @@ def train(trainer: Trainer, validation: Validation) -> None:
             while not trainer.finished():
                 event = trainer.advance()
                 left = remaining_steps(trainer.step, trainer.elapsed_s, cfg)
-                if trainer.step == 5 and left < cfg.warmdown_iters:
+                if trainer.step == 20 and left < cfg.warmdown_iters:
                     warning = f"warning: WARMDOWN_ITERS={cfg.warmdown_iters}, but only about "
                     report.line(f"{warning}{left:.0f} steps are left: the learning rate falls now")
                 if due(cfg.train_log_every) or (cfg.train_log_every and trainer.step <= 5):
@@ -2874,9 +2872,12 @@ class LogisticMixer:
         return Mixer(*(array.copy() for array in self.state))
 
     def restore(self, state: Mixer) -> None:
-        """Go back to a copy, which stays good."""
+        """Go back to a copy, which stays good. Of the weights only what has changed is copied."""
+        joined = self.state.now[JOINED] != state.now[JOINED]
+        changed = (self.state.visits != state.visits) | joined
         for mine, its in zip(self.state, state, strict=True):
-            np.copyto(mine, its)
+            where = changed if mine is self.state.weights else ...
+            mine[where] = its[where]
 
 
 # ==================================================================================================
@@ -3358,10 +3359,16 @@ class Packer:
         LogisticMixer(tokens, self.leaf, 1, 1).begin(0)  # compiled before the clock starts
 
     def start(self, spent_s: float) -> None:
-        """Begin, `spent_s` after MAX_WALLCLOCK_SECONDS started."""
+        """Begin, `spent_s` after MAX_WALLCLOCK_SECONDS started.
+
+        Without such a clock it ends here, so that what the contexts foresee, and with it the run's
+        every bit, does not depend on how fast packing goes beside training.
+        """
         self.begin = time.perf_counter() - spent_s
         self.workers.reserved = 1
         self.thread.start()
+        if not self.cfg.max_wallclock_seconds:
+            self.thread.join()
 
     def run(self) -> None:
         """The thread's work; what goes wrong is kept for `finish`."""
@@ -3385,7 +3392,7 @@ class Packer:
             parts.append(check_ids(shard[:left], self.tokens.vocab, "training text"))
             left -= len(parts[-1])
         text = np.concatenate(parts)
-        if self.cfg.complement_by == "contexts":
+        if self.cfg.complement_by == "contexts" and self.cfg.complement_alpha:
             self.data.foreseen = np.zeros(len(text), np.float16)
         self.leaf = token_tree(text[:2_000_000], self.tokens.vocab)
         at_most = max(self.time_left(), 0) * 4 * PACK_TOKENS_A_SECOND
@@ -3841,6 +3848,8 @@ def train_and_export(
     trainer.warm_up()
     packer = new_packer(trainer, tokens)
     if packer:
+        if not cfg.max_wallclock_seconds:
+            report.line("packing text first, as there is no MAX_WALLCLOCK_SECONDS to share")
         packer.start(trainer.elapsed_s)
     train(trainer, validation)
     if ranks.rank:

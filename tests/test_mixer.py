@@ -160,6 +160,19 @@ def test_probabilities_sum_to_one(vocab, size):
         m.code(text[size : size + 8], logs[size : size + 8])
 
 
+@pytest.mark.parametrize("joined", [False, True])
+def test_a_copy_brings_all_of_the_state_back(joined):
+    """Also from before the net joined, which changes every weight."""
+    text, logs, m, same = some_text(300), rows(300, 50), mixer(), mixer()
+    for each in (m, same):
+        each.code(text[:100], logs[:100] if joined else None)
+    state = m.save()
+    for _ in range(2):
+        m.code(text[100:200], logs[100:200])
+        m.restore(state)
+        assert_same_state(m, same)
+
+
 def test_the_golden_code():
     """The same bits on every machine: an artifact made on one is read on another."""
     text, m, coder = some_text(3000), mixer(capacity=3000), t.Coder()
@@ -556,13 +569,14 @@ def test_packed_text_fits_and_is_text(vocab, budget):
     if vocab == 600:  # the worst: nothing can be foreseen
         text = np.random.default_rng(0).integers(3, vocab, 20_000).astype(np.uint16)
         text[::100] = BOS
-    cfg = tiny_knobs(MIXER_MEMORY_MB=1, COMPLEMENT_BY="contexts")
+    cfg = tiny_knobs(MIXER_MEMORY_MB=1, COMPLEMENT_BY="contexts", MAX_WALLCLOCK_SECONDS=0)
     workers, data = (
         t.Workers(1),
         SimpleNamespace(shards=[text[:9000], text[9000:]], foreseen=np.zeros(0)),
     )
     packer = t.Packer(data, facts(vocab), cfg, budget, workers)
     packer.start(0.0)
+    assert not packer.thread.is_alive()  # no clock: all is foreseen before the first step
     packed = packer.finish()
     assert workers.reserved == 0
     assert len(packed.code) <= max(budget, 4)

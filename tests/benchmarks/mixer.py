@@ -7,7 +7,6 @@ for xz, PPMd and zpaq; a missing one is skipped by name. The backoff mixer learn
 With an artifact there are rows with its net. The last line is JSON, an object per row.
 """
 
-import functools
 import json
 import math
 import os
@@ -108,7 +107,8 @@ def main() -> None:
             cfg, _ = t.knobs_from_env({}, base=t.read_artifact(path).header["knobs"])
             of = t.Evaluation(cfg, path, folder, workers)
             shape = t.eval_length(cfg), cfg.eval_stride, cfg.eval_batch_seqs
-            net = functools.partial(t.net_stream, of.model, of.artifact.params, val, shape, workers)
+            args = of.model, of.artifact.params, val, shape, workers
+            net = lambda: t.ahead(t.net_stream(*args))  # noqa: E731
         for source in (ours(tokens, train, val, net),
                        rows(*(decode(x, tokenizer) for x in (train, val)), SYSTEMS)):  # fmt: skip
             for line in source:
