@@ -78,6 +78,7 @@ from typing import Any, NamedTuple, get_type_hints
 # ==================================================================================================
 
 ARTIFACT_LIMIT_BYTES = 16_000_000
+SCORE_LIMIT = 80.0  # |score| <= gain * sqrt(head_dim): keeps exponentials in float32's range
 Event = dict[str, Any]  # what happened: a line of metrics.jsonl
 
 
@@ -100,10 +101,6 @@ class RunFailed(UserError):
     """A run that cannot go on, explained in a line."""
 
     status = 1
-
-
-class RankLost(RunFailed):
-    """Another process of the same run that no longer answers."""
 
 
 def knob(default: Any, help: str, lo=0, hi=1e18, choices="", alias="") -> Any:
@@ -209,7 +206,7 @@ class Knobs:
     mixer: str = knob("logistic", "context models at evaluation", choices="logistic backoff off")
     ngram_mixer_enabled: bool = knob(True, "0 is the same as MIXER=off")
     mixer_memory_mb: int = knob(1950, "logistic: MiB of tables", lo=1, hi=1 << 15)
-    pack_text_bytes: int = knob(-1, "logistic: bytes of training text; -1: all that is left", lo=-1)
+    pack_text_bytes: int = knob(-1, "logistic: bytes of packed text; -1: all that is left", lo=-1)
     ngram_max_order: int = knob(4, "backoff: tokens of the longest context", lo=1, hi=8)
     ngram_alpha: str = knob("0.25", "backoff: the n-gram model's weight, or `auto`: learned")
     ngram_smoothing: str = knob(
@@ -238,7 +235,8 @@ PRESETS = {
         GRAD_ACCUM_STEPS=1 TRAIN_SEQ_LEN=256 WARMUP_STEPS=1 WARMDOWN_ITERS=150 TRAIN_LOG_EVERY=50
         NUM_LAYERS=4 MODEL_DIM=192 NUM_HEADS=3 NUM_KV_HEADS=1 MLP_MULT=2 XSA_LAST_N=0
         ENGRAM_EMBED_DIM=64 MATRIX_LR=0.02 HASH_LR=0.15 MUON_MOMENTUM_WARMUP_STEPS=200
-        EMA_DECAY=0.98 WEIGHT_BITS=8 EVAL_STRIDE=128 NGRAM_ALPHA=auto PACK_TEXT_BYTES=1000000""",
+        EMA_DECAY=0.98 WEIGHT_BITS=8 EVAL_STRIDE=128 NGRAM_ALPHA=auto PACK_TEXT_BYTES=1000000
+        VAL_MAX_TOKENS=1048576""",
     "mac": """TRAIN_BATCH_TOKENS=32768 GRAD_ACCUM_STEPS=1 NUM_LAYERS=9 MLP_MULT=2
         ENGRAM_HASH_SIZE=4096 ENGRAM_EMBED_DIM=128 WARMUP_STEPS=2 WARMDOWN_ITERS=300
         MUON_MOMENTUM_WARMUP_STEPS=200 EMA_DECAY=0.98 TRAIN_LOG_EVERY=20
@@ -349,6 +347,7 @@ def knobs_from_env(env: dict[str, str], base: Any = None) -> tuple[Knobs, list[s
 def check_together(cfg: Knobs) -> list[str]:
     """Problems that only several knobs together have."""
     head = cfg.model_dim // cfg.num_heads
+    gain = SCORE_LIMIT / max(head, 1) ** 0.5
     rules = {
         f"MODEL_DIM={cfg.model_dim} must be an even multiple of NUM_HEADS={cfg.num_heads}":
             cfg.model_dim % (2 * cfg.num_heads) == 0,
@@ -361,9 +360,11 @@ def check_together(cfg: Knobs) -> list[str]:
             cfg.train_batch_tokens >= cfg.train_seq_len,
         "ITERATIONS=0 and MAX_WALLCLOCK_SECONDS=0 together never stop: set one":
             cfg.iterations > 0 or cfg.max_wallclock_seconds > 0,
-        f"RUN_ID={cfg.run_id}: use letters, digits and . _ + = - only":
+        f"RUN_ID={cfg.run_id}: use letters, digits and . _ + = -, the first no sign":
             not cfg.run_id or re.fullmatch(r"\w[\w.+=-]*", cfg.run_id) is not None,
         "RESUME=1 needs RUN_ID: which run should go on?": bool(cfg.run_id) or not cfg.resume,
+        f"QK_GAIN_INIT={cfg.qk_gain_init} must be at most {gain:.2f} for heads of {head}":
+            cfg.qk_gain_init <= gain,
         f"NGRAM_ALPHA={cfg.ngram_alpha}: must be from 0 to 1, or auto":
             re.fullmatch(r"auto|0|1|0?\.\d+|[01]\.0*", cfg.ngram_alpha) is not None,
     }  # fmt: skip
@@ -404,12 +405,6 @@ def help_text() -> str:
     usage = "usage: [NAME=value ...] python train_gpt_mlx_kl.py"
     table = knob_table("\n{}", "  {name:<28} {help} [{default}]")
     return "\n".join([__doc__.split("\n\n")[0], "", usage, table])
-
-
-def knob_markdown() -> str:
-    """The README's table of knobs."""
-    head = "| knob | default; presets that differ | meaning |\n| --- | --- | --- |"
-    return knob_table(f"\n**{{}}**\n\n{head}", "| `{name}` | {default} | {help} |").strip() + "\n"
 
 
 @contextlib.contextmanager
@@ -519,6 +514,7 @@ if sys.platform == "linux":
     keep_freed_memory()
 BLAS = open_blas(os.environ.get("BLAS") or "auto")
 
+import brotli  # noqa: E402
 import mlx.core as mx  # noqa: E402
 import mlx.nn as nn  # noqa: E402
 import numpy as np  # noqa: E402
@@ -591,6 +587,13 @@ def load_tokenizer(path: Path) -> Tokens:
     return Tokens(np.array(size, np.uint16), leading, control, model.bos_id(), dummy, digest)
 
 
+def check_vocab(cfg: Knobs, tokens: Tokens) -> None:
+    """VOCAB_SIZE, where it is set, must be the tokenizer's."""
+    if cfg.vocab_size not in (0, tokens.vocab):
+        raise UserError(f"VOCAB_SIZE={cfg.vocab_size}, but the tokenizer has {tokens.vocab} "
+                        "pieces: unset it or choose the other tokenizer")  # fmt: skip
+
+
 def open_shard(path: Path) -> Any:
     """Memory-map a shard's tokens, (n,) uint16. Raises UserError naming the file."""
     header_bytes = SHARD_HEADER_INTS * 4
@@ -616,11 +619,17 @@ def find_shards(folder: Path, split: str) -> list[Path]:
     paths = sorted(folder.glob(f"*_{split}_*.bin"))
     if not paths:
         raise UserError(f"DATA_PATH={folder}: holds no *_{split}_*.bin: see data/prepare.py")
+    for path in paths:
+        if "_train_" in path.name and "_val_" in path.name:
+            raise UserError(f"{path}: a shard of training or of validation text? rename it")
     return paths
 
 
 def locate_data(cfg: Knobs) -> tuple[Path, Path | None, str]:
-    """(folder of shards, tokenizer or None for EVAL_ONLY, a line that says what was chosen)."""
+    """(folder of shards, tokenizer, a line that says what was chosen).
+
+    EVAL_ONLY needs no tokenizer: it is None unless TOKENIZER_PATH is set.
+    """
     root = HERE / "data" / "datasets"
     fineweb, stdlib = root / "fineweb10B_sp1024", root / "stdlib_sp1024"
     if cfg.data_path:
@@ -634,7 +643,7 @@ def locate_data(cfg: Knobs) -> tuple[Path, Path | None, str]:
     if not folder.is_dir():
         raise UserError(f"DATA_PATH={folder}: no such folder")
     line += f", {folder}"
-    if cfg.eval_only:
+    if cfg.eval_only and not cfg.tokenizer_path:
         return folder, None, line
     tokenizer = Path(cfg.tokenizer_path) if cfg.tokenizer_path else tokenizer_beside(folder)
     if not tokenizer.is_file():
@@ -758,7 +767,8 @@ def complementary_weights(probability: Any, alpha: float) -> Any:
 def load_validation(paths: list[Path], tokens: Tokens, limit: int) -> tuple[Any, bool]:
     """(validation tokens (n,) int32, whether they are the whole split).
 
-    A limit cuts at the end of the last document that fits, so that no document is half scored.
+    A limit cuts at the end of the last document that fits, so that no document is half scored,
+    unless the first one does not fit.
     """
     total = sum(len(open_shard(path)) for path in paths)
     parts, left = [], limit or total
@@ -1070,8 +1080,6 @@ def squared_leaky_relu(leak: float) -> Callable[[Array], Array]:
 # ==================================================================================================
 # MODEL: the public baseline's GPT, with hashed contexts added to its logits
 # ==================================================================================================
-
-SCORE_LIMIT = 80.0  # |score| <= gain * sqrt(head_dim): keeps exponentials in float32's range
 
 
 def rms_norm(x: Array) -> Array:
@@ -1399,15 +1407,14 @@ def orthogonalise(g: Array, steps: int) -> Array:
     return x.swapaxes(-1, -2) if tall else x
 
 
-def muon(g: Array, buffer: Array, hyper: Arrays, cfg: Knobs) -> tuple[Array, Array]:
+def muon(g: Array, buffer: Array, lr: Array, momentum: Array, steps: int) -> tuple[Array, Array]:
     """Muon on stacked gradients (n, rows, columns): (what to take off the matrices, new buffer).
 
     Nesterov momentum, then orthogonalisation, scaled by sqrt(max(1, rows / columns)).
     """
-    buffer = hyper["momentum"] * buffer + g
-    update = orthogonalise(g + hyper["momentum"] * buffer, cfg.muon_backend_steps)
-    scale = math.sqrt(max(1.0, g.shape[-2] / g.shape[-1]))
-    return (hyper["lr"] * cfg.matrix_lr * scale) * update, buffer
+    buffer = momentum * buffer + g
+    update = orthogonalise(g + momentum * buffer, steps)
+    return (lr * math.sqrt(max(1.0, g.shape[-2] / g.shape[-1]))) * update, buffer
 
 
 @compiled
@@ -1464,28 +1471,28 @@ def new_optimizer_state(params: Arrays, groups: dict[str, Group]) -> Arrays:
 
 
 def apply_gradients(
-    names: list[str], params: Arrays, grads: Arrays, opt: Arrays, hyper: Arrays, cfg: Knobs
+    params: Arrays, grads: Arrays, opt: Arrays, hyper: Arrays, cfg: Knobs
 ) -> tuple[Arrays, Arrays]:
-    """One step of the named parameters: (their new values, their new optimizer state).
+    """One step of the parameters with gradients: (their new values, their new optimizer state).
 
     hyper: scalar arrays `lr` (factor on every learning rate), `momentum` (Muon's) and `step`
-    (counted from 1). Muon matrices of one shape are stacked.
+    (counted from 1). Muon matrices of one group and shape are stacked.
     """
-    new, state, stacks, groups = {}, {}, {}, group_parameters(names)
-    for name in names:
-        group, p, g = groups[name], params[name], grads[name]
-        if group.optimizer == "muon":
-            stacks.setdefault(p.shape, []).append(name)
-            continue
+    new, state, stacks = {}, {}, {}
+    for name, group in group_parameters(list(grads)).items():
+        stack = params[name].shape if group.optimizer == "muon" else name
+        stacks.setdefault((group, stack), []).append(name)
+    for (group, name), same in stacks.items():
+        lr = hyper["lr"] * getattr(cfg, group.lr)
         decay = getattr(cfg, group.decay) if group.decay else 0.0
-        lr, m, v = hyper["lr"] * getattr(cfg, group.lr), opt[f"m/{name}"], opt[f"v/{name}"]
-        new[name], m, v = adam(p, g, m, v, lr, hyper["step"], cfg, decay)
-        state |= {f"m/{name}": m, f"v/{name}": v}
-    for same in stacks.values():
+        if group.optimizer == "adam":
+            m, v = opt[f"m/{name}"], opt[f"v/{name}"]
+            p, m, v = adam(params[name], grads[name], m, v, lr, hyper["step"], cfg, decay)
+            new[name], state[f"m/{name}"], state[f"v/{name}"] = p, m, v
+            continue
         g, b = mx.stack([grads[n] for n in same]), mx.stack([opt[f"buffer/{n}"] for n in same])
-        u, b = muon(g, b, hyper, cfg)
-        keep = 1 - hyper["lr"] * cfg.matrix_lr * cfg.muon_weight_decay
-        new |= {n: params[n] * keep - u[i] for i, n in enumerate(same)}
+        u, b = muon(g, b, lr, hyper["momentum"], cfg.muon_backend_steps)
+        new |= {n: params[n] * (1 - lr * decay) - u[i] for i, n in enumerate(same)}
         state |= {f"buffer/{n}": b[i] for i, n in enumerate(same)}
     return new, state
 
@@ -1551,7 +1558,7 @@ class Ranks:
     """The processes that `mlx.launch` started together, each with a part of every step.
 
     Without a launcher there is one, which has nothing to wait for. Every method is called by all
-    ranks, in the same order, and raises RankLost where one of them is gone.
+    ranks, in the same order, and raises RunFailed where one of them is gone.
     """
 
     def __init__(self) -> None:
@@ -1562,31 +1569,23 @@ class Ranks:
         """The sum of trees of float32 arrays, and of those of all ranks, as one message."""
         lists = [[a for _, a in tree_flatten(tree)] for tree in trees]
         flat = [mx.concatenate([a.reshape(-1) for a in arrays]) for arrays in lists]
-        total = self.arrived(mx.distributed.all_sum(sum(flat[1:], flat[0])))
+        total = self.exchange(mx.distributed.all_sum, sum(flat[1:], flat[0]))
         ends = np.cumsum([a.size for a in lists[0]]).tolist()
         parts = iter(mx.split(total, ends[:-1]))
         return tree_map(lambda a: next(parts).reshape(a.shape), trees[0])
 
     def of_first(self, value: float) -> float:
         """Rank 0's value, in single precision: what all ranks must agree on."""
-        if self.count == 1:
-            return value
-        return self.arrived(mx.distributed.all_sum(mx.array(0.0 if self.rank else value))).item()
+        return self.exchange(mx.distributed.all_sum, mx.array(0.0 if self.rank else value)).item()
 
     def any(self, flag: bool) -> bool:
         """Whether the flag is set on any rank."""
-        return (
-            flag if self.count == 1 else self.arrived(mx.distributed.all_max(mx.array(+flag))) > 0
-        )
+        return self.exchange(mx.distributed.all_max, mx.array(+flag)).item() > 0
 
     def same(self, text: str) -> Array:
         """Which of the ranks bring the same text: (ranks,) bool."""
         mine = mx.array([zlib.crc32(text.encode())], mx.uint32)
-        return (mine if self.count == 1 else self.arrived(mx.distributed.all_gather(mine))) == mine
-
-    def neighbours(self) -> int:
-        """Ranks on this machine."""
-        return int(self.same(platform.node()).sum())
+        return self.exchange(mx.distributed.all_gather, mine) == mine
 
     def check_same(self, text: str) -> None:
         """Raises UserError, on all ranks, unless all bring the same text."""
@@ -1602,13 +1601,13 @@ class Ranks:
             self.of_first(0.0)  # waits for the one whose turn it is
         return results[0]
 
-    def arrived(self, message: Array) -> Array:
-        """The message, once the ranks have exchanged it."""
+    def exchange(self, operation: Callable[[Array], Array], mine: Array) -> Array:
+        """What the operation makes of all ranks' arrays; one alone keeps its own."""
         try:
-            mx.eval(message)
+            mx.eval(out := operation(mine) if self.count > 1 else mine)
         except RuntimeError as error:
-            raise RankLost(f"another rank is gone ({error})") from None
-        return message
+            raise RunFailed(f"another rank is gone ({error})") from None
+        return out
 
 
 def remaining_steps(step: int, elapsed_s: float, cfg: Knobs) -> float:
@@ -1722,7 +1721,7 @@ class Trainer:
         """(New values, optimizer state, average) of the parameters that have gradients here."""
         if self.cfg.grad_clip_norm:
             grads = {n: g * hyper["clip"] for n, g in grads.items()}
-        new, opt = apply_gradients(list(grads), params, grads, opt, hyper, self.cfg)
+        new, opt = apply_gradients(params, grads, opt, hyper, self.cfg)
         if not (self.cfg.ema_decay or self.cfg.use_swa):
             return new, opt, new
         rate = hyper["average"]
@@ -1878,7 +1877,8 @@ def train(trainer: Trainer, validation: Validation) -> None:
             while not trainer.finished():
                 event = trainer.advance()
                 left = remaining_steps(trainer.step, trainer.elapsed_s, cfg)
-                if trainer.step == 20 and left < cfg.warmdown_iters:
+                soon = trainer.step == 20 or (trainer.step == 1 and left < 20)
+                if soon and left < cfg.warmdown_iters:
                     warning = f"warning: WARMDOWN_ITERS={cfg.warmdown_iters}, but only about "
                     report.line(f"{warning}{left:.0f} steps are left: the learning rate falls now")
                 if due(cfg.train_log_every) or (cfg.train_log_every and trainer.step <= 5):
@@ -1895,7 +1895,7 @@ def train(trainer: Trainer, validation: Validation) -> None:
             raise
         go_on = f"RESUME=1 RUN_ID={report.folder.name}"
         saved = f"{trainer.save()} holds step {trainer.step}: {go_on}"
-        raise type(error)(f"{error}; {saved}") from None
+        raise RunFailed(f"{error}; {saved}") from None
 
 
 # ==================================================================================================
@@ -2872,12 +2872,9 @@ class LogisticMixer:
         return Mixer(*(array.copy() for array in self.state))
 
     def restore(self, state: Mixer) -> None:
-        """Go back to a copy, which stays good. Of the weights only what has changed is copied."""
-        joined = self.state.now[JOINED] != state.now[JOINED]
-        changed = (self.state.visits != state.visits) | joined
+        """Go back to a copy, which stays good."""
         for mine, its in zip(self.state, state, strict=True):
-            where = changed if mine is self.state.weights else ...
-            mine[where] = its[where]
+            np.copyto(mine, its)
 
 
 # ==================================================================================================
@@ -2927,8 +2924,6 @@ def fake_quantise(params: Arrays, groups: dict[str, Group], cfg: Knobs) -> Array
 
 def compress(raw: bytes) -> bytes:
     """Brotli at its best: 0.9 % fewer bytes than zstd 22, 1.1 % fewer than xz -9e, on int8 rows."""
-    import brotli
-
     return brotli.compress(raw, quality=11, lgwin=24)
 
 
@@ -3087,8 +3082,6 @@ def read_artifact(path: Path) -> Artifact:
     blob = path.read_bytes()
     if len(blob) < PREFIX.size or blob[: len(MAGIC)] != MAGIC:
         raise UserError(f"{path}: not an artifact of this script")
-    import brotli
-
     _, version, digest, model_bytes = PREFIX.unpack_from(blob)
     body = blob[PREFIX.size :]
     if version != FORMAT_VERSION:
@@ -3152,19 +3145,15 @@ def batches_of_rows(
     seq_len, stride, batch = shape
     forward = model.logits if on_cpu() else mx.compile(model.logits, inputs=model.state)
     padded = np.concatenate([text, np.full(seq_len + stride, max(model.bos, 0), np.int32)])
-    every = list(windows(len(text) - 1, seq_len, stride))
-    rest = every[1:]
+    (_, _, end), *rest = windows(len(text) - 1, seq_len, stride)
+    yield 0, first_window(model, padded[:seq_len], workers)[:end]  # a decoder repeats it
     batch = min(batch, max(len(rest), 1))
-    groups = [every[:1], *(rest[i : i + batch] for i in range(0, len(rest), batch))]
-    for index, group in enumerate(groups):
-        last = stride if index else seq_len
+    for at in range(0, len(rest), batch):
+        group = rest[at : at + batch]
         rows = np.stack([padded[s : s + seq_len] for s, _, _ in group])
-        if index == 0:  # a fixed shape, which a decoder repeats token by token
-            yield 0, first_window(model, rows[0], workers)[: group[0][2]]
-            continue
-        rows = np.pad(rows, [(0, batch - len(rows)), (0, 0)]) if len(group) > 1 else rows
-        shares = np.array_split(rows, min(workers.count, len(rows)))
-        parts = workers.map(forward, [(mx.array(share), last) for share in shares])
+        rows = np.pad(rows, [(0, batch - len(rows)), (0, 0)])
+        shares = np.array_split(rows, min(workers.count, batch))
+        parts = workers.map(forward, [(mx.array(share), stride) for share in shares])
         out = log_softmax(np.concatenate([np.array(p) for p in parts]))
         for (_, first, end), logs in zip(group, out, strict=False):
             yield first, logs[: end - first]
@@ -3278,19 +3267,17 @@ def score(
     parts: Iterator[tuple[int, Any]], text: Any, tokens: Tokens, show: Progress
 ) -> dict[str, Any]:
     """Add up costs; returns loss (nats/token), BPB of all, net and contexts, and the counts."""
-    nats, byte_count, done = np.zeros(3), 0, 0
+    nats, byte_count, end = np.zeros(3), 0, 0
     for first, part in covering(parts, len(text) - 1):
-        target = text[first + 1 : first + 1 + len(part)]
-        nats += part.sum(axis=0)
-        byte_count += int(tokens.bytes_of(text[first : first + len(part)], target).sum())
-        done += len(part)
+        nats, end = nats + part.sum(axis=0), first + len(part)
+        byte_count += int(tokens.bytes_of(text[first:end], text[first + 1 : end + 1]).sum())
         bpb = bits_per_byte(float(nats[2]), max(byte_count, 1))
-        show(done, len(text) - 1, f"bpb {bpb:.4f}, ")
+        show(end, len(text) - 1, f"bpb {bpb:.4f}, ")
     if not (byte_count and np.isfinite(nats).all()):
         raise RunFailed(f"no score: {nats} nats over {byte_count} bytes of validation text")
     net, contexts, bpb = (bits_per_byte(float(n), byte_count) for n in nats)
-    return {"val_loss": float(nats[2]) / done, "val_bpb": bpb, "val_bpb_net": net,
-            "val_bpb_context": contexts, "val_tokens": done, "val_bytes": byte_count}  # fmt: skip
+    return {"val_loss": float(nats[2]) / end, "val_bpb": bpb, "val_bpb_net": net,
+            "val_bpb_context": contexts, "val_tokens": end, "val_bytes": byte_count}  # fmt: skip
 
 
 # ==================================================================================================
@@ -3364,14 +3351,15 @@ class Packer:
         Without such a clock it ends here, so that what the contexts foresee, and with it the run's
         every bit, does not depend on how fast packing goes beside training.
         """
-        self.begin = time.perf_counter() - spent_s
+        self.begin = time.perf_counter()
+        self.deadline = self.begin + (self.cfg.max_wallclock_seconds or math.inf) - spent_s
         self.workers.reserved = 1
         self.thread.start()
         if not self.cfg.max_wallclock_seconds:
-            self.thread.join()
+            self.wait()
 
     def run(self) -> None:
-        """The thread's work; what goes wrong is kept for `finish`."""
+        """The thread's work; what goes wrong is kept for `wait`."""
         try:
             self.pack()
         except Exception as error:
@@ -3382,8 +3370,7 @@ class Packer:
 
     def time_left(self) -> float:
         """Seconds until the clock of the run ends."""
-        clock = self.cfg.max_wallclock_seconds or math.inf
-        return clock - (time.perf_counter() - self.begin)
+        return self.deadline - time.perf_counter()
 
     def pack(self) -> None:
         """Code documents until bytes or time run out, most of them in one batch, the best last."""
@@ -3427,11 +3414,15 @@ class Packer:
                 self.data.foreseen[part] = np.maximum(np.exp(-nats), 1e-7)  # 0: not known
             self.count += len(part)
 
-    def finish(self) -> Packed:
+    def wait(self) -> None:
         """Wait for the thread; raises what went wrong in it."""
         self.thread.join()
         if self.error:
             raise self.error
+
+    def finish(self) -> Packed:
+        """What is packed, once all is."""
+        self.wait()
         digest = self.mixer.read_sha256()
         return Packed(self.leaf, self.count, digest, self.code.finish())
 
@@ -3454,6 +3445,7 @@ def unpack(mixer: LogisticMixer, packed: Packed, label: str) -> None:
 MESSAGE_TOKENS = 256
 AUDIT_MEMORY_MB = 2
 MANY_TOKENS = 4096  # with a larger vocabulary, all of it is tried in one excerpt only
+BYTES_CHECKED = 2_000_000  # tokens that are decoded to count their bytes
 
 
 class Message(NamedTuple):
@@ -3464,16 +3456,11 @@ class Message(NamedTuple):
     tokens: int
 
 
-def message_length(text: Any, seq_len: int) -> int:
-    """Tokens of the message: those of the first window's targets, at most MESSAGE_TOKENS."""
-    return min(MESSAGE_TOKENS, seq_len, len(text) - 1)
-
-
 def encode_message(
     mixer: LogisticMixer, model: GPT, text: Any, seq_len: int, workers: Workers
 ) -> Message:
     """Encode with a primed mixer, which is used up by it."""
-    count, coder = message_length(text, seq_len), Coder()
+    count, coder = min(MESSAGE_TOKENS, seq_len, len(text) - 1), Coder()  # of the first window
     inputs = np.pad(text[: seq_len + 1], (0, max(seq_len - len(text), 0)))[:seq_len]
     logs = first_window(model, inputs, workers)[:count]
     mixer.begin(int(text[0]))
@@ -3519,30 +3506,21 @@ class Audit:
 
     def trace(self, text: Any) -> tuple[Any, Any]:
         """Score an excerpt: (n - 1, 3) nats and the net's rows, (n - 1, V)."""
-        shape, rows = (*eval_shape(self.cfg, self.cfg.eval_mode), 2), []
-
-        def keep(stream: Iterator[tuple[int, Any]]) -> Iterator[tuple[int, Any]]:
-            for first, logs in stream:
-                rows.append(logs)
-                yield first, logs
-
+        shape = (*eval_shape(self.cfg, self.cfg.eval_mode), 2)
+        parts = list(ahead(net_stream(self.model, self.artifact.params, text, shape, self.workers)))
         scorer = self.scorer(len(text))
         scorer.begin(int(text[0]))
-        stream = net_stream(self.model, self.artifact.params, text, shape, self.workers)
-        nats = [
-            part for _, part in covering(costs(keep(ahead(stream)), text, scorer), len(text) - 1)
-        ]
-        return np.concatenate(nats), np.concatenate(rows)
+        nats = [part for _, part in covering(costs(parts, text, scorer), len(text) - 1)]
+        return np.concatenate(nats), np.concatenate([logs for _, logs in parts])
 
     def scorer(self, capacity: int) -> Scorer:
         """A small one that has seen nothing."""
         leaf = self.artifact.packed.leaf if self.artifact.packed else None
         return new_scorer(self.cfg, self.artifact.tokens, leaf, capacity, AUDIT_MEMORY_MB)
 
-    def causal(self, text: Any, at: int, rng: Any) -> None:
+    def causal(self, text: Any, trace: tuple[Any, Any], at: int, rng: Any) -> None:
         """Replace target `at` and what follows: nothing before, no distribution at it, moves."""
-        nats, rows = self.trace(text)
-        other = text.copy()
+        (nats, rows), other = trace, text.copy()
         other[at + 1 :] = rng.integers(0, self.artifact.tokens.vocab, len(text) - at - 1)
         other[at + 1] = (text[at + 1] + 1) % self.artifact.tokens.vocab
         nats_2, rows_2 = self.trace(other)
@@ -3552,9 +3530,9 @@ class Audit:
         if (rows[: at + 1] != rows_2[: at + 1]).any():
             raise AuditFailed("causality", f"the net's row at {at} depends on what follows")
 
-    def normalised(self, text: Any, at: int) -> float:
-        """Put every token in the place of target `at`: the scores sum to 1; returns the sum."""
-        nats, rows = self.trace(text)
+    def normalised(self, text: Any, trace: tuple[Any, Any], at: int) -> None:
+        """Put every token in the place of target `at`: the scores sum to 1."""
+        nats, rows = trace
         scorer = self.scorer(len(text) + 1)
         scorer.begin(int(text[0]))
         before = scorer.score(text[1 : at + 1], rows[:at])
@@ -3567,38 +3545,42 @@ class Audit:
             scorer.restore(state)
         if (out[text[at + 1]] != nats[at]).any():
             raise AuditFailed("normalisation", f"target {at} has two scores")
-        for column, name in ((2, "mixed"), (1, "context")):
+        for column, name in enumerate(("net", "context", "mixed")):
             total = float(np.exp(-out[:, column]).sum())
             if not (np.isfinite(out[:, column]).all() and abs(total - 1) <= 1e-6):
                 raise AuditFailed("normalisation", f"{name} probabilities at {at} sum to {total}")
-        return total
 
     def excerpts(self, text: Any, seed: int) -> str:
         """Causality and normalisation at a document's start, at random places and at the tail."""
-        rng, (length, stride) = np.random.default_rng(seed), eval_shape(self.cfg, "sliding")
-        size = min(length + stride // 2 + 2, len(text))
+        rng = np.random.default_rng(seed)
+        length, stride = eval_shape(self.cfg, self.cfg.eval_mode)
+        size = min(length + stride + stride // 2 + 2, len(text))  # a window, then a batch of two
         starts = np.flatnonzero(text[1:] == self.artifact.tokens.bos) + 1
         begins = [max(int(rng.choice(starts)) - 8, 0) if len(starts) else 0,
                   int(rng.integers(0, len(text))), len(text) - size]  # fmt: skip
         begins, sums = [min(begin, len(text) - size) for begin in begins], 0
         for begin in begins:
             excerpt = text[begin : begin + size]
-            last = len(excerpt) - 2
-            for at in {min(7, last), int(rng.integers(0, last + 1)), last}:
-                self.causal(excerpt, at, rng)
+            trace, last = self.trace(excerpt), len(excerpt) - 2
+            for at in {min(7, last), min(length, last), int(rng.integers(0, last + 1)), last}:
+                self.causal(excerpt, trace, at, rng)
             if begin == begins[0] or self.artifact.tokens.vocab <= MANY_TOKENS:
-                self.normalised(excerpt, int(rng.integers(0, min(last, 64) + 1)))
+                self.normalised(excerpt, trace, int(rng.integers(0, last + 1)) if sums else last)
                 sums += 1
         return f"causal in {len(begins)}, normalised in {sums} excerpts of {size} tokens"
 
     def byte_count(self, text: Any, tokenizer: Path | None) -> str:
         """The byte table against the UTF-8 length of the decoded text."""
         if tokenizer is None:
-            return "bytes not checked: no tokenizer at hand"
+            return "bytes not checked: that needs TOKENIZER_PATH"
         import sentencepiece
 
-        tokens, text = self.artifact.tokens, text[:2_000_000]
+        tokens, text = self.artifact.tokens, text[:BYTES_CHECKED]
+        if hashlib.sha256(tokenizer.read_bytes()).hexdigest() != tokens.sha256:
+            raise UserError(f"TOKENIZER_PATH={tokenizer}: the artifact was made with another one")
         model = sentencepiece.SentencePieceProcessor(model_file=str(tokenizer))
+        while len(text) > 1 and model.is_byte(int(text[-1])):  # a cut may have split a character
+            text = text[:-1]
         parts = np.split(text, np.flatnonzero(text == tokens.bos))
         true = sum(len(model.decode(part.tolist()).encode()) for part in parts if len(part))
         prefix = tokens.dummy_prefix and tokens.leading[text[0]]
@@ -3606,7 +3588,7 @@ class Audit:
         count = start + int(tokens.bytes_of(text[:-1], text[1:]).sum())
         if count != true:
             raise AuditFailed("bytes", f"the table gives {count}, the decoded text has {true}")
-        return f"{true} bytes, as the decoded text has"
+        return f"{true} bytes, as the first {len(text)} tokens have when they are decoded"
 
 
 # ==================================================================================================
@@ -3626,8 +3608,9 @@ class Report:
         try:
             self.folder.mkdir(parents=True, exist_ok=cfg.resume)
         except FileExistsError:
+            go_on = ", or go on with RESUME=1" if self.checkpoint.is_file() else ""
             raise UserError(f"RUN_ID={name}: {self.folder} exists and is never overwritten: "
-                            "choose another RUN_ID, or go on with RESUME=1") from None  # fmt: skip
+                            f"choose another RUN_ID{go_on}") from None  # fmt: skip
         except OSError as error:
             raise UserError(f"OUT_DIR={cfg.out_dir}: {error.strerror}") from None
         if not cfg.resume:
@@ -3832,9 +3815,7 @@ def train_and_export(
     The last three are rank 0's; on the others there is ({}, None).
     """
     tokens = load_tokenizer(tokenizer)
-    if cfg.vocab_size not in (0, tokens.vocab):
-        raise UserError(f"VOCAB_SIZE={cfg.vocab_size}, but {tokenizer} has {tokens.vocab} pieces: "
-                        "unset VOCAB_SIZE or choose the other tokenizer")  # fmt: skip
+    check_vocab(cfg, tokens)
     data = TrainWindows(find_shards(folder, "train"), cfg.train_seq_len, cfg.seed, tokens.vocab)
     ranks.check_same(f"{shared_knobs(cfg)} {tokens.sha256} {[len(s) for s in data.shards]}")
     model = GPT(cfg, tokens.vocab, tokens.bos)
@@ -3850,6 +3831,9 @@ def train_and_export(
     if packer:
         if not cfg.max_wallclock_seconds:
             report.line("packing text first, as there is no MAX_WALLCLOCK_SECONDS to share")
+        elif cfg.resume:
+            left = max(cfg.max_wallclock_seconds - trainer.elapsed_s, 0)
+            report.line(f"packing starts anew, with {left:.0f} s of MAX_WALLCLOCK_SECONDS left")
         packer.start(trainer.elapsed_s)
     train(trainer, validation)
     if ranks.rank:
@@ -3862,20 +3846,21 @@ def train_and_export(
 
 def export(trainer: Trainer, packer: Packer | None, tokens: Tokens) -> Event:
     """Keep the raw weights, wait for the packer, write the artifact; returns the export event."""
-    cfg, report, packed, seconds = trainer.cfg, trainer.report, None, 0.0
+    cfg, report, packed, seconds = trainer.cfg, trainer.report, None, trainer.elapsed_s
     meta = {"knobs": json.dumps(dataclasses.asdict(cfg)), "tokenizer_sha256": tokens.sha256}
     mx.save_safetensors(str(report.folder / "model.safetensors"), trainer.average, meta)
     if packer:
         if packer.thread.is_alive():
             report.line("packing goes on until its bytes or MAX_WALLCLOCK_SECONDS are used up")
-        packed, seconds = packer.finish(), packer.seconds
+        begin, packed = time.perf_counter(), packer.finish()
+        seconds += time.perf_counter() - begin if cfg.max_wallclock_seconds else packer.seconds
         report.line(f"packed {packed.tokens:,} tokens of training text into {len(packed.code):,} "
-                    f"bytes in {seconds:.0f} s")  # fmt: skip
+                    f"bytes in {packer.seconds:.0f} s")  # fmt: skip
     path = report.folder / "artifact.bin"
     event = write_artifact(path, trainer.average, trainer.groups, cfg, tokens, packed)
     trained = trainer.step * trainer.windows * cfg.train_seq_len
-    return {**event, "pack_seconds": seconds, "train_steps": trainer.step, "train_tokens": trained,
-            "train_seconds": max(trainer.elapsed_s, seconds),
+    return {**event, "pack_seconds": packer.seconds if packer else 0.0, "train_seconds": seconds,
+            "train_steps": trainer.step, "train_tokens": trained,
             "tok_s": trained / max(trainer.elapsed_s, 1e-9)}  # fmt: skip
 
 
@@ -3912,6 +3897,7 @@ class Evaluation:
             ours, its = getattr(cfg, name), getattr(made_with, name)
             if ours != its:
                 raise UserError(f"{name.upper()}={ours}: {path} has {its}: unset it")
+        check_vocab(cfg, tokens)
         if cfg.mixer == "logistic" and not self.artifact.packed:
             raise UserError(f"MIXER=logistic: {path} was made with MIXER={made_with.mixer}")
         self.model = GPT(dataclasses.replace(cfg, use_ortho_init=False), tokens.vocab, tokens.bos)
@@ -3950,23 +3936,26 @@ class Evaluation:
             lines.append(audit.byte_count(validation.text, tokenizer))
             validation.check_whole()
             lines.append(f"checks took {time.perf_counter() - begin:.0f} s")
-        message, evals = receive(), []
-        for mode in ("standard", "sliding") if cfg.eval_mode == "both" else (cfg.eval_mode,):
-            begin = time.perf_counter()
-            scorer, scored = self.primed("priming"), []
-            prime_seconds = time.perf_counter() - begin
-            first = int(validation.text[0])
-            if message:
-                args = message, scorer, self.model, first, eval_length(cfg), self.workers
-                tokens, nats = decode_message(*args)
-                lines.append(check_message(message, tokens, nats, validation.text))
-                scored = [(0, nats)]
-            else:
-                scorer.begin(first)
-            params, batch = self.artifact.params, cfg.eval_batch_seqs
-            result = validation.run(params, mode, batch, scorer, scored)
-            evals.append({**result, "mixer": cfg.mixer, "prime_seconds": prime_seconds})
+        receive = functools.cache(receive)  # one message for both modes
+        modes = ("standard", "sliding") if cfg.eval_mode == "both" else (cfg.eval_mode,)
+        evals = [self.score(mode, receive, lines) for mode in modes]
         return {"evals": evals, "audit": "pass" if cfg.audit else "off", "lines": lines}
+
+    def score(self, mode: str, receive: Callable[[], Message | None], lines: list[str]) -> Event:
+        """Prime, decode the message if there is one, and score on from its end."""
+        cfg, begin, text, scored = self.cfg, time.perf_counter(), self.validation.text, []
+        scorer = self.primed("priming")
+        prime_seconds = time.perf_counter() - begin
+        if message := receive():
+            args = message, scorer, self.model, int(text[0]), eval_length(cfg), self.workers
+            tokens, nats = decode_message(*args)
+            lines.append(check_message(message, tokens, nats, text))
+            scored = [(0, nats)]
+        else:
+            scorer.begin(int(text[0]))
+        batch = cfg.eval_batch_seqs
+        result = self.validation.run(self.artifact.params, mode, batch, scorer, scored)
+        return {**result, "mixer": cfg.mixer, "prime_seconds": prime_seconds}
 
 
 def evaluate_here(channel: Any, cfg: Knobs, path: Path, folder: Path, tokenizer: Any) -> None:
@@ -4034,7 +4023,7 @@ def main(cfg: Knobs, warnings: list[str]) -> None:
         warnings = [*warnings, "no g++: MLX's CPU kernels run uncompiled, which is slower"]
     for line in [*(f"warning: {w}" for w in warnings), where]:
         report.line(line)
-    with make_workers(cfg, ranks.neighbours(), ranks.count) as workers:
+    with make_workers(cfg, int(ranks.same(platform.node()).sum()), ranks.count) as workers:
         machine = describe_machine(cfg, workers, ranks)
         report.event({"event": "config", **dataclasses.asdict(cfg), **machine}, *CONFIG_LINES)
         if cfg.eval_only:

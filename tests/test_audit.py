@@ -174,6 +174,7 @@ LEARN = "        if learns:\n            learn(state, tokens[i], vocab, bos, rul
 ROOM = ("new_mixer(tokens, leaf, capacity + 1,", "new_mixer(tokens, leaf, 9 * capacity,")
 SUM = "p = mass / (context.total - discount * context.kinds + rest)"
 COUNT = "count = nodes[pair].count if pair else 0"
+LATER_ROWS = "yield first, logs[: end - first]"
 WINDOW = "yield first + stride - seq_len, first, min(first + stride, targets)"
 
 CHEATS = {
@@ -247,6 +248,16 @@ CHEATS = {
     "hashed contexts look ahead": (
         OFF, [("before = mx.pad(x, [(0, 0), (k, 0)])[:, :length]",
                "before = mx.pad(x, [(0, 0), (0, k)])[:, k:]")], [], "causality"),
+    # Windows scored side by side hear each other: the next one begins a stride later.
+    "a window hears the next one": (
+        OFF, [("        return rms_norm(x)\n\n    def head_inputs",
+               "        return rms_norm(x + 0.1 * mx.roll(x, -1, axis=0))\n\n    def head_inputs")],
+        [], "causality"),
+    # Rows that sum to more than 1, but not in the first window.
+    "later windows claim more, net": (
+        OFF, [(LATER_ROWS, f"{LATER_ROWS} + 0.5")], [], "normalisation"),
+    "later windows claim more, logistic": (
+        LOGISTIC, [(LATER_ROWS, f"{LATER_ROWS} + 0.5")], [], "normalisation"),
     "inputs shifted by one": (
         OFF, [("rows = np.stack([padded[s : s + seq_len] for s, _, _ in group])",
                "rows = np.stack([padded[s + 1 : s + 1 + seq_len] for s, _, _ in group])")],
@@ -376,7 +387,21 @@ def byte_audit(module, tokenizer):
 
 
 def test_bytes_pass(tokenizer):
-    assert "as the decoded text has" in byte_audit(t, tokenizer)
+    assert f"first {len(tokenizer[1])} tokens" in byte_audit(t, tokenizer)
+
+
+def test_bytes_pass_wherever_the_text_is_cut(tokenizer, monkeypatch):
+    """Also within a character of several byte pieces, which does not decode."""
+    for cut in range(1, 60):
+        monkeypatch.setattr(t, "BYTES_CHECKED", cut)
+        assert "bytes, as the first" in byte_audit(t, tokenizer)
+
+
+def test_another_tokenizer_is_refused(tokenizer):
+    path, text = tokenizer
+    tokens = dataclasses.replace(t.load_tokenizer(path), sha256="0" * 64)
+    with pytest.raises(t.UserError, match="TOKENIZER_PATH"):
+        t.Audit(None, t.Artifact({}, tokens, {}, None), None, None).byte_count(text, path)
 
 
 LENGTH = 'len(p.replace("\\u2581", " ").encode())'

@@ -218,7 +218,11 @@ def test_files(plain):
 def test_nothing_is_overwritten(plain, train):
     before = contents(plain.folder)
     error = error_of(train("plain"), 2)
-    assert "RUN_ID=plain" in error and "RESUME=1" in error
+    assert "RUN_ID=plain" in error and "RESUME" not in error  # it has no checkpoint
+    checkpoint = plain.folder.parent / "cut" / "checkpoint" / "state.safetensors"
+    checkpoint.parent.mkdir(parents=True)
+    checkpoint.touch()
+    assert "RESUME=1" in error_of(train("cut"), 2)
     assert contents(plain.folder) == before
 
 
@@ -269,6 +273,8 @@ def test_a_file_is_scored_alone(plain, dataset, tmp_path):
     for name in names.split():
         assert record[name] == final(plain)[name], name
     assert record["train_tokens"] == 0
+    checked = run(cwd, "checked", TOKENIZER_PATH=dataset.tokenizer, **env)
+    assert final(checked)["val_bpb"] == record["val_bpb"] and "tokens have when" in checked.out
     # Without the audit's message, whose tokens are scored while they are decoded, too.
     assert final(run(cwd, "unchecked", AUDIT=0, **env))["val_bpb"] == record["val_bpb"]
     # The window may be longer than the one of the preset that fits this machine.
@@ -533,6 +539,8 @@ def test_shards_of_another_tokenizer_are_refused(train, plain, dataset, tmp_path
 def test_a_file_is_not_scored_with_another_shape(train, plain):
     result = train("reshaped", EVAL_ONLY=plain.folder / "artifact.bin", NUM_LAYERS=3)
     assert "NUM_LAYERS=3" in error_of(result, 2)
+    other = train("other-vocabulary", EVAL_ONLY=plain.folder / "artifact.bin", VOCAB_SIZE=9)
+    assert "VOCAB_SIZE=9" in error_of(other, 2)
 
 
 def test_more_workers_than_work(train, plain):

@@ -169,6 +169,11 @@ def test_missing_shards_are_named(tmp_path):
         t.locate_data(tiny_knobs(DATA_PATH=tmp_path / "absent"))
     with pytest.raises(t.UserError, match="_val_"):
         t.find_shards(tmp_path, "val")
+    both = write_shard(tmp_path / "x_train_y_val_0.bin", range(9))
+    for split in ("train", "val"):  # it would be trained on and scored
+        with pytest.raises(t.UserError, match=both.name):
+            t.find_shards(tmp_path, split)
+    both.unlink()
     write_shard(tmp_path / "x_train_0.bin", range(9))
     with pytest.raises(t.UserError, match="TRAIN_SEQ_LEN=9"):
         t.TrainWindows(t.find_shards(tmp_path, "train"), 9, seed=0, vocab=9)

@@ -249,7 +249,16 @@ def test_readme_table_is_up_to_date():
     match = re.search(r"<!-- knobs -->\n(.*?)<!-- /knobs -->", text, re.S)
     if not match:
         pytest.skip("README.md or its <!-- knobs --> markers are missing")
-    assert match[1].strip() == t.knob_markdown().strip()
+    head = "| knob | default; presets that differ | meaning |\n| --- | --- | --- |"
+    table = t.knob_table(f"\n**{{}}**\n\n{head}", "| `{name}` | {default} | {help} |")
+    assert match[1].strip() == table.strip(), "put this into README.md:\n" + table
+
+
+def test_gains_that_scores_cannot_have_are_refused():
+    heads = {"MODEL_DIM": "512", "NUM_HEADS": "4", "NUM_KV_HEADS": "4"}
+    with pytest.raises(t.UserError, match="QK_GAIN_INIT=7.1 must be at most 7.07 for heads of 128"):
+        t.knobs_from_env({**heads, "QK_GAIN_INIT": "7.1"})
+    t.knobs_from_env({**heads, "QK_GAIN_INIT": "7"})
 
 
 def test_contexts_are_a_partner_only_where_they_pack():

@@ -685,6 +685,10 @@ def test_the_budget_is_used():
 def test_what_goes_wrong_in_the_thread_is_raised():
     data = SimpleNamespace(shards=[None])
     packer = t.Packer(data, facts(50), tiny_knobs(), 5000, t.Workers(1))
+    with pytest.raises(TypeError):
+        packer.start(0.0)  # no clock: before training
+    beside = tiny_knobs(MAX_WALLCLOCK_SECONDS=60)
+    packer = t.Packer(data, facts(50), beside, 5000, t.Workers(1))
     packer.start(0.0)
     with pytest.raises(TypeError):
         packer.finish()

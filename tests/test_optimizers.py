@@ -71,16 +71,15 @@ def test_a_parameter_in_two_groups_is_an_error(monkeypatch):
 @pytest.mark.parametrize("steps", [5, 3])
 def test_muon_is_mlx_muon(rng, shape, steps):
     lr, momentum = 0.04, 0.9
-    cfg = tiny_knobs(MATRIX_LR=lr / 0.5, MUON_BACKEND_STEPS=steps)
     theirs = mlx.optimizers.Muon(lr, momentum=momentum, weight_decay=0, ns_steps=steps)
     p = normal(rng, 3, *shape)
     buffer = mx.zeros_like(p)
     trees = [{"w": p[i]} for i in range(3)]
     optimizers = [theirs, *(mlx.optimizers.Muon(lr, momentum=momentum, weight_decay=0,
                                                 ns_steps=steps) for _ in range(2))]  # fmt: skip
-    for step in range(4):
+    for _ in range(4):
         g = normal(rng, 3, *shape) * mx.array([1.0, 1e-3, 1e3])[:, None, None]
-        move, buffer = t.muon(g, buffer, hyper(0.5, momentum, step + 1), cfg)
+        move, buffer = t.muon(g, buffer, mx.array(lr), mx.array(momentum), steps)
         p = p - move
         trees = [o.apply_gradients({"w": g[i]}, trees[i]) for i, o in enumerate(optimizers)]
         for i, tree in enumerate(trees):
@@ -116,6 +115,26 @@ def test_any_allowed_epsilon_leaves_untouched_parameters_finite():
     assert t.adam(zero, zero, zero, zero, one, one, cfg, 0.0)[0].tolist() == [0.0] * 4
 
 
+def test_a_group_names_its_own_rate_and_decay(rng, monkeypatch):
+    cfg = tiny_knobs(MATRIX_LR=0.05, SCALAR_LR=0.5, MUON_WEIGHT_DECAY=0.3, ADAM_WEIGHT_DECAY=0.1)
+    params = {n: p for n, p in t.tree_flatten(t.GPT(cfg, 50, 1).parameters()) if ".mlp." in n}
+    params = {n: normal(rng, *p.shape) for n, p in params.items() if n.endswith("weight")}
+    grads = {n: normal(rng, *p.shape) for n, p in params.items()}
+    opt = t.new_optimizer_state(params, t.group_parameters(list(params)))
+    group, rest = t.GROUPS[0], t.GROUPS[1:]
+    for lr, decay, same in (
+        ("scalar_lr", "", {"MATRIX_LR": 0.5, "MUON_WEIGHT_DECAY": 0}),
+        ("matrix_lr", "adam_weight_decay", {"MUON_WEIGHT_DECAY": 0.1}),
+    ):
+        other = t.dataclasses.replace(group, lr=lr, decay=decay)
+        monkeypatch.setattr(t, "GROUPS", (other, *rest))
+        got, _ = t.apply_gradients(params, grads, opt, hyper(0.5, 0.9, 1), cfg)
+        monkeypatch.setattr(t, "GROUPS", (group, *rest))
+        as_if = t.dataclasses.replace(cfg, **{n.lower(): v for n, v in same.items()})
+        want, _ = t.apply_gradients(params, grads, opt, hyper(0.5, 0.9, 1), as_if)
+        assert all((got[n] == want[n]).all() for n in params)
+
+
 @pytest.mark.parametrize("env", EVERY_FEATURE)
 def test_decay_is_decoupled_and_proportional_to_the_learning_rate(rng, env):
     cfg = tiny_knobs(
@@ -126,7 +145,7 @@ def test_decay_is_decoupled_and_proportional_to_the_learning_rate(rng, env):
     groups = t.group_parameters(list(params))
     grads = {n: mx.zeros_like(p) for n, p in params.items()}
     opt = t.new_optimizer_state(params, groups)
-    new, state = t.apply_gradients(list(params), params, grads, opt, hyper(0.5, 0.9, 1), cfg)
+    new, state = t.apply_gradients(params, grads, opt, hyper(0.5, 0.9, 1), cfg)
     assert state.keys() == opt.keys()
     for name, p in params.items():
         rates = {"matrices": 0.05 * 0.3, "embedding": 0.05 * 0.2, "tables": 0.05 * 0.2}

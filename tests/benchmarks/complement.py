@@ -19,7 +19,8 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import train_gpt_mlx_kl as t
 
-WAYS = {"none": {"COMPLEMENT_ALPHA": "0"}, "bigram": {}, "contexts": {"COMPLEMENT_BY": "contexts"}}
+WAYS = {"none": {"COMPLEMENT_ALPHA": "0"}, "bigram": {"COMPLEMENT_BY": "bigram"},
+        "contexts": {"COMPLEMENT_BY": "contexts"}}  # fmt: skip
 
 
 def settings(steps: int, seed: int, folder: str, **env: str) -> t.Knobs:

@@ -61,6 +61,10 @@ class Ours:
         self.start = {n: np.array(p) for n, p in self.trainer.params.items()}
         self.name = f"MLX {t.mx.__version__}, {self.workers.count} worker(s), BLAS {t.BLAS_NAME}"
 
+    def close(self) -> None:
+        """End the workers' threads."""
+        self.workers.__exit__()
+
     def batches(self, count: int) -> list:
         """The tokens of the first steps."""
         return [self.trainer.data.step(i, BATCH) for i in range(count)]
@@ -227,6 +231,8 @@ def serve(channel, kind: str, args: tuple, extra: dict) -> None:
             side.step()
             steps += 1
         channel.send(steps * STEP_TOKENS / (time.perf_counter() - begin))
+    if kind == "ours":
+        side.close()
 
 
 class Side:
