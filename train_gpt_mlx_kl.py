@@ -143,7 +143,9 @@ class Knobs:
     grad_accum_steps: int = knob(8, "rounds of a microbatch a worker a step, at least", lo=1)
     train_seq_len: int = knob(1024, "tokens a training window", lo=2, alias="TRAIN_MAX_SEQ_LEN")
     mlx_max_microbatch_tokens: int = knob(8192, "tokens a microbatch at most: memory", lo=1)
-    mlx_eager_eval: bool = knob(True, "evaluate after every microbatch: less memory")
+    mlx_eager_eval: bool = knob(
+        True, "one worker: evaluate after each microbatch, which saves memory"
+    )
     warmup_steps: int = knob(20, "steps run and thrown away before the clock starts")
     warmdown_iters: int = knob(3500, "last steps, over which the learning rate falls to 0")
     train_log_every: int = knob(200, "steps between train lines; 0: none")
@@ -1529,11 +1531,19 @@ class Workers(contextlib.AbstractContextManager):
             mx.eval(result)
         return result
 
-    def map(self, build: Callable[..., Any], jobs: list[tuple[Any, ...]]) -> list[Any]:
-        """build(*args) for every job, job i by worker i modulo their number; in order."""
-        mx.eval(jobs)  # a thread cannot evaluate what another thread's stream has yet to do
+    def map(
+        self, build: Callable[..., Any], jobs: list[tuple[Any, ...]], eager: bool = True
+    ) -> list[Any]:
+        """build(*args) for every job, job i by worker i modulo their number; in order.
+
+        The results are evaluated, unless one worker is not to be `eager`.
+        """
         if not self.pools:
-            return [build(*args) for args in jobs]
+            results = [build(*args) for args in jobs]
+            if eager:
+                mx.eval(results)
+            return results
+        mx.eval(jobs)  # a thread cannot evaluate what another thread's stream has yet to do
         pools = itertools.cycle(self.pools[: max(len(self.pools) - self.reserved, 1)])
         pending = [next(pools).submit(self.job, build, args) for args in jobs]
         return [p.result() for p in pending]
@@ -1748,9 +1758,8 @@ class Trainer:
         for pieces in self.rounds:
             batches = [tuple(mx.array(a[piece]) for a in arrays) for piece in pieces]
             jobs = [(self.params, *job) for job in zip(parts, batches, strict=False)]
-            parts[: len(jobs)] = self.workers.map(self.gradients[qat], jobs)
-            if self.cfg.mlx_eager_eval:
-                mx.eval(parts)
+            eager = self.cfg.mlx_eager_eval
+            parts[: len(jobs)] = self.workers.map(self.gradients[qat], jobs, eager)
         if self.ranks.count > 1:
             parts = [self.ranks.sum(parts)]
         jobs = [([{n: g[n] for n in share} for _, g in parts],) for share in self.shares]
@@ -1769,7 +1778,6 @@ class Trainer:
         hyper = {n: mx.array(v) for n, v in hyper.items()}
         jobs = [(self.params, grads, self.opt, self.average, hyper) for grads, _ in summed]
         shares = self.workers.map(self.updates, jobs)
-        mx.eval(shares)
         new = [functools.reduce(operator.or_, kind) for kind in zip(*shares, strict=True)]
         return *({n: a[n] for n in b} for a, b in zip(new, old, strict=True)), loss, norm
 
@@ -3750,10 +3758,10 @@ class Validation:
 def gigaflops(workers: Workers) -> float:
     """GFLOP/s of a 768-cube float32 matrix product in each worker at once."""
     a = mx.random.normal((768, 768))
+    mx.eval(a)
     for _ in range(2):  # the first touches memory
-        mx.eval(a)
         begin = time.perf_counter()
-        mx.eval(workers.map(mx.matmul, [(a, a)] * workers.count))
+        workers.map(mx.matmul, [(a, a)] * workers.count)
     return workers.count * 2 * 768**3 / (time.perf_counter() - begin) / 1e9
 
 

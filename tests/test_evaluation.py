@@ -68,9 +68,9 @@ class Counting(t.Workers):
         super().__init__(count)
         self.rows = []
 
-    def map(self, build, jobs):
+    def map(self, build, jobs, eager=True):
         self.rows.append(sum(len(job[0]) for job in jobs))
-        return super().map(build, jobs)
+        return super().map(build, jobs, eager)
 
 
 @pytest.fixture(scope="module")

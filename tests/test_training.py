@@ -98,6 +98,16 @@ def test_a_step_has_the_gradients_of_the_whole_batch_however_it_is_cut(make_trai
     assert abs(event["grad_norm"] / norm - 1) < 1e-4
 
 
+@pytest.mark.parametrize("eager", [0, 1])
+def test_microbatches_wait_for_each_other_only_if_eager(make_trainer, monkeypatch, eager):
+    calls, evaluate = [], t.mx.eval
+    monkeypatch.setattr(t.mx, "eval", lambda *arrays: calls.append(evaluate(*arrays)))
+    trainer = make_trainer(TRAIN_BATCH_TOKENS=64, GRAD_ACCUM_STEPS=4, MLX_EAGER_EVAL=eager)
+    calls.clear()
+    trainer.step_gradients(0, False)
+    assert len(calls) == 1 + 4 * eager  # the sums, and each microbatch
+
+
 def test_the_cut_of_a_step_does_not_change_where_it_leads(make_trainer):
     whole = make_trainer(GRAD_CLIP_NORM=1)
     cuts = [make_trainer(GRAD_CLIP_NORM=1, **env) for env in (
