@@ -50,6 +50,7 @@ import importlib.metadata
 import importlib.util
 import itertools
 import json
+import lzma
 import math
 import mmap
 import multiprocessing
@@ -429,8 +430,9 @@ if __name__ == "__main__":  # help and bad settings come before anything heavy i
             raise UserError(f"{sys.argv[1]}: settings are environment variables; see --help")
         CFG, CFG_WARNINGS = knobs_from_env(dict(os.environ))
 
+
 # ==================================================================================================
-# BLAS: MLX's Linux CPU wheel carries a reference BLAS, 20 to 70 times slower than OpenBLAS
+# MACHINE: the allocator, a fast BLAS loaded before MLX on Linux CPUs, the device, its memory
 # ==================================================================================================
 
 
@@ -516,15 +518,52 @@ if sys.platform == "linux":
     keep_freed_memory()
 BLAS = open_blas(os.environ.get("BLAS") or "auto")
 
-import brotli  # noqa: E402
 import mlx.core as mx  # noqa: E402
 import mlx.nn as nn  # noqa: E402
 import numpy as np  # noqa: E402
 from mlx.utils import tree_flatten, tree_map, tree_unflatten  # noqa: E402
-from numba import njit  # noqa: E402
 
 BLAS_NAME = use_blas(BLAS)
 Array, Arrays = mx.array, dict[str, mx.array]
+
+
+def on_cpu() -> bool:
+    """Whether MLX computes on a CPU."""
+    return mx.default_device().type == mx.DeviceType.cpu
+
+
+def peak_memory() -> int:
+    """Bytes at most: MLX's on a GPU, the process's on a CPU."""
+    if not on_cpu():
+        return mx.get_peak_memory()
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def memory_limit() -> int:
+    """Bytes that the GPU recommends to use, or that the machine has."""
+    gpu = {} if on_cpu() else mx.device_info()
+    machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return gpu.get("max_recommended_working_set_size", gpu.get("total_memory", machine))
+
+
+def use_device(cfg: Knobs) -> None:
+    """Make DEVICE the default device."""
+    if cfg.device != "auto":
+        device = mx.cpu if cfg.device == "cpu" else mx.gpu
+        if not mx.is_available(device):
+            raise UserError("DEVICE=gpu: this MLX has none; on Linux: pip install 'mlx[cuda13]'")
+        mx.set_default_device(device)
+
+
+def compute_dtype(cfg: Knobs) -> str:
+    """Name of the forward pass's dtype. On a CPU only float32 reaches the BLAS and the kernels."""
+    if on_cpu() and cfg.compute_dtype == "bfloat16":
+        raise UserError("COMPUTE_DTYPE=bfloat16: a CPU computes in float32; unset it")
+    if cfg.compute_dtype != "auto":
+        return cfg.compute_dtype
+    return "float32" if on_cpu() else "bfloat16"
+
 
 # ==================================================================================================
 # DATA: tokenizer facts, shards, shuffled training windows, bigram counts
@@ -535,7 +574,7 @@ SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER_INTS = 20240520, 1, 256
 
 
 @dataclass(frozen=True)
-class Tokens:
+class Tokenizer:
     """What scoring needs to know of a tokenizer: it is all that an artifact keeps of it.
 
     piece_bytes (V,) uint16: UTF-8 bytes of each piece, every U+2581 counted as one space byte
@@ -566,7 +605,7 @@ class Tokens:
         return count
 
 
-def load_tokenizer(path: Path) -> Tokens:
+def load_tokenizer(path: Path) -> Tokenizer:
     """Read a SentencePiece .model file. Raises UserError if it is none."""
     import sentencepiece
 
@@ -586,10 +625,10 @@ def load_tokenizer(path: Path) -> Tokens:
     leading = np.array([p.startswith("\u2581") for p in pieces]) & ~control
     dummy = "".join(model.encode("a", out_type=str)) == "\u2581a"
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    return Tokens(np.array(size, np.uint16), leading, control, model.bos_id(), dummy, digest)
+    return Tokenizer(np.array(size, np.uint16), leading, control, model.bos_id(), dummy, digest)
 
 
-def check_vocab(cfg: Knobs, tokens: Tokens) -> None:
+def check_vocab(cfg: Knobs, tokens: Tokenizer) -> None:
     """VOCAB_SIZE, where it is set, must be the tokenizer's."""
     if cfg.vocab_size not in (0, tokens.vocab):
         raise UserError(f"VOCAB_SIZE={cfg.vocab_size}, but the tokenizer has {tokens.vocab} "
@@ -766,7 +805,7 @@ def complementary_weights(probability: Any, alpha: float) -> Any:
     return (weights / weights.mean()).astype(np.float32)
 
 
-def load_validation(paths: list[Path], tokens: Tokens, limit: int) -> tuple[Any, bool]:
+def load_validation(paths: list[Path], tokens: Tokenizer, limit: int) -> tuple[Any, bool]:
     """(validation tokens (n,) int32, whether they are the whole split).
 
     A limit cuts at the end of the last document that fits, so that no document is half scored,
@@ -785,6 +824,113 @@ def load_validation(paths: list[Path], tokens: Tokens, limit: int) -> tuple[Any,
     if len(text) < 2:
         raise UserError(f"{paths[0].parent}: the validation text has fewer than 2 tokens")
     return text, len(text) == total
+
+
+# ==================================================================================================
+# REPORT: an event is a dict; metrics.jsonl and the text lines are both made from it
+# ==================================================================================================
+
+
+class Report:
+    """The run's folder: train.log (the script's source, then the lines) and metrics.jsonl."""
+
+    def __init__(self, cfg: Knobs) -> None:
+        name = cfg.run_id or time.strftime("%Y%m%d-%H%M%S") + f"-{cfg.seed}-{os.getpid()}"
+        self.folder, self.iterations = Path(cfg.out_dir) / name, cfg.iterations
+        self.checkpoint = self.folder / "checkpoint" / "state.safetensors"
+        if cfg.resume and not self.checkpoint.is_file():
+            raise UserError(f"RESUME=1: there is no {self.checkpoint}: unset RESUME")
+        try:
+            self.folder.mkdir(parents=True, exist_ok=cfg.resume)
+        except FileExistsError:
+            go_on = ", or go on with RESUME=1" if self.checkpoint.is_file() else ""
+            raise UserError(f"RUN_ID={name}: {self.folder} exists and is never overwritten: "
+                            f"choose another RUN_ID{go_on}") from None  # fmt: skip
+        except OSError as error:
+            raise UserError(f"OUT_DIR={cfg.out_dir}: {error.strerror}") from None
+        if not cfg.resume:
+            source = Path(__file__).read_text()
+            (self.folder / "train.log").write_text(f"{source}\n{'=' * 100}\n")
+
+    def line(self, text: str) -> None:
+        """A line on the screen and in train.log."""
+        print(text, flush=True)
+        with open(self.folder / "train.log", "a") as log:
+            log.write(text + "\n")
+
+    def event(self, event: Event, *lines: str) -> None:
+        """A JSON object in metrics.jsonl, and its lines with the event's values filled in."""
+        with open(self.folder / "metrics.jsonl", "a") as log:
+            log.write(json.dumps(event) + "\n")
+        for text in lines:
+            self.line(text.format(**event, n=self.iterations, part=part_of_text(event)))
+
+
+class Silence(Report):
+    """The report of a rank that leaves reporting to rank 0."""
+
+    def __init__(self) -> None:
+        self.folder = Path()
+        self.checkpoint = Path()
+
+    def line(self, text: str) -> None:
+        """Nothing."""
+
+    def event(self, event: Event, *lines: str) -> None:
+        """Nothing."""
+
+
+Progress = Callable[[int, int, str], None]  # tokens done, tokens in all, what to say of them
+
+
+def show_progress(label: str, every_s: float = 10.0) -> Progress:
+    """Shows how far a work on tokens is: a line every few seconds, the first one soon."""
+    begin = time.perf_counter()
+    due = begin + 1
+
+    def show(done: int, total: int, note: str) -> None:
+        nonlocal due
+        now = time.perf_counter()
+        if now > due:
+            due, left = now + every_s, (now - begin) * (total - done) / done
+            print(f"{label}: {done}/{total} tokens, {note}{left:.0f} s left", flush=True)
+
+    return show
+
+
+TRAIN_LINE = (
+    "step:{step}/{n} train_loss:{train_loss:.4f} train_time:{train_time_ms:.0f}ms "
+    "step_avg:{step_avg_ms:.2f}ms tok_s:{tok_s:.0f}"
+)
+VAL_LINE = "step:{step}/{n} val_loss:{val_loss:.4f} val_bpb:{val_bpb:.4f}{part}"
+EXPORT_LINE = (
+    "serialized_int6_zstd:{model_bytes} bytes (brotli; text:{packed_bytes} code:{code_bytes} "
+    "total:{total_bytes} limit:{limit_bytes})"
+)
+ROUNDTRIP_LINES = (
+    "final_int6_zstd_roundtrip val_loss:{val_loss:.4f} val_bpb:{val_bpb:.4f} "
+    "val_bpb_net:{val_bpb_net:.4f} val_bpb_context:{val_bpb_context:.4f} "
+    "eval_time:{eval_time_ms:.0f}ms{part} [{mode}, {mixer}]",
+    "final_int6_zstd_roundtrip_exact val_loss:{val_loss:.8f} val_bpb:{val_bpb:.8f}{part} [{mode}]",
+)
+CONFIG_LINES = (
+    "machine: {machine}, MLX {mlx_version}, {dtype_used}, {ranks} x {workers_used} worker(s), "
+    "{gflops:.0f} GFLOP/s; BLAS: {blas_used}",
+    "preset {preset}: {num_layers} layers x {model_dim}, {num_heads} heads, {num_kv_heads} KV "
+    "heads, MLP {mlp_mult}x, seq {train_seq_len}, {train_batch_tokens} tokens a step",
+)
+FINAL_LINE = (
+    "val_bpb {val_bpb:.4f} (net {val_bpb_net:.4f}, contexts {val_bpb_context:.4f}; audit: {audit}) "
+    "on {val_tokens:,} tokens, {val_bytes:,} bytes{part}; {total_bytes:,} "
+    "bytes of script and artifact; trained on {train_tokens:,} tokens in {train_seconds:.0f} s; "
+    "evaluated in {eval_seconds:.0f} s"
+)
+
+
+def part_of_text(event: Event) -> str:
+    """A label for scores of less than the whole validation split."""
+    whole = event.get("val_whole", True)
+    return "" if whole else f" (PART of the text: {event['val_tokens']} tokens)"
 
 
 # ==================================================================================================
@@ -829,11 +975,6 @@ MASKED = -1e6  # a score whose exponential is exactly 0
 RMS_EPS = 1e-6
 MLX_COMPILES = shutil.which("g++") is not None or sys.platform == "darwin"
 compiled = mx.compile if MLX_COMPILES else lambda function: function
-
-
-def on_cpu() -> bool:
-    """Whether MLX computes on a CPU."""
-    return mx.default_device().type == mx.DeviceType.cpu
 
 
 @functools.cache
@@ -1345,15 +1486,6 @@ class GPT(nn.Module):
         return logits.reshape(x.shape[0], last, -1)
 
 
-def compute_dtype(cfg: Knobs) -> str:
-    """Name of the forward pass's dtype. On a CPU only float32 reaches the BLAS and the kernels."""
-    if on_cpu() and cfg.compute_dtype == "bfloat16":
-        raise UserError("COMPUTE_DTYPE=bfloat16: a CPU computes in float32; unset it")
-    if cfg.compute_dtype != "auto":
-        return cfg.compute_dtype
-    return "float32" if on_cpu() else "bfloat16"
-
-
 # ==================================================================================================
 # OPTIMIZERS: one table says, for every parameter, who updates it, how fast, and how it is stored
 # ==================================================================================================
@@ -1497,6 +1629,251 @@ def apply_gradients(
         new |= {n: params[n] * (1 - lr * decay) - u[i] for i, n in enumerate(same)}
         state |= {f"buffer/{n}": b[i] for i, n in enumerate(same)}
     return new, state
+
+
+# ==================================================================================================
+# ARTIFACT: magic, version, checksum; then, compressed by brotli: JSON header, raw tensors
+# ==================================================================================================
+
+CLIP_RATIOS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65)
+MAGIC, FORMAT_VERSION = b"MLXGOLF1", 5
+# Magic, version, SHA-256 of the version and the rest, bytes of the compressed model.
+PREFIX = struct.Struct("<8sH32sQ")
+# Bytes a value after compression, for rows of Gaussian noise (measured, brotli 11).
+LZMA_MAGIC = b"\xfd7zXZ\0"  # no brotli stream of ours begins so
+NOISE_BYTES = {4: 0.445, 5: 0.56, 6: 0.68, 7: 0.80, 8: 0.925}
+
+
+def quantise_rows(w: Array, bits: int, search: bool) -> tuple[Array, Array]:
+    """Symmetric codes with one scale a row: (rows, columns) -> (codes, scale (rows, 1)), float32.
+
+    The clip is the candidate fraction of the row's largest magnitude with the least squared error.
+    Scales are rounded to bfloat16 (they are stored so) before the codes are computed: it has
+    float32's range, so no row is too small.
+    """
+    limit = 2 ** (bits - 1) - 1
+    top = mx.max(mx.abs(w), axis=1, keepdims=True) / limit
+
+    def codes_at(ratio: Array) -> tuple[Array, Array]:
+        scale = (top * ratio).astype(mx.bfloat16).astype(mx.float32)
+        return mx.clip(mx.round(w / mx.where(scale > 0, scale, 1.0)), -limit, limit), scale
+
+    best, least = mx.ones(top.shape), mx.full(top.shape, math.inf)
+    for ratio in CLIP_RATIOS if search else ():
+        codes, scale = codes_at(mx.array(ratio))
+        error = mx.sum((codes * scale - w) ** 2, axis=1, keepdims=True)
+        best, least = mx.where(error < least, ratio, best), mx.minimum(error, least)
+    return codes_at(best)
+
+
+def fake_quantise(params: Arrays, groups: dict[str, Group], cfg: Knobs) -> Arrays:
+    """The parameters as the artifact will hold them; gradients pass straight through."""
+    out = dict(params)
+    for name, p in params.items():
+        if bits := groups[name].bits:
+            frozen = mx.stop_gradient(p)
+            codes, scale = quantise_rows(frozen, getattr(cfg, bits), cfg.use_gptq_lite)
+            out[name] = p + (codes * scale - frozen)
+    return out
+
+
+def compress(raw: bytes) -> bytes:
+    """Brotli at its best: 0.9 % fewer bytes than zstd 22, 1.1 % fewer than xz -9e, on int8 rows."""
+    try:
+        import brotli
+    except ImportError:
+        return lzma.compress(raw, preset=9 | lzma.PRESET_EXTREME)
+    return brotli.compress(raw, quality=11, lgwin=24)
+
+
+def decompress(path: Path, model: bytes) -> bytes:
+    """The inverse of `compress`. Raises UserError where the file needs a missing package."""
+    if model.startswith(LZMA_MAGIC):
+        return lzma.decompress(model)
+    try:
+        import brotli
+    except ImportError:
+        raise UserError(f"{path}: compressed by brotli: pip install brotli") from None
+    return brotli.decompress(model)
+
+
+def pack_tensors(params: Arrays, groups: dict[str, Group], cfg: Knobs) -> tuple[list, list[bytes]]:
+    """Parameters -> (a JSON row a tensor: name, shape, bits; their bytes in that order)."""
+    rows, blobs = [], []
+    for name, p in params.items():
+        bits = getattr(cfg, groups[name].bits) if groups[name].bits else 0
+        rows.append([name, list(p.shape), bits])
+        if bits:
+            codes, scale = quantise_rows(p, bits, cfg.use_gptq_lite)
+            stored = codes.astype(mx.int8), scale.astype(mx.bfloat16).view(mx.uint16)
+        else:
+            stored = (p.astype(mx.float32),)
+        blobs += [np.array(a).tobytes() for a in stored]
+    return rows, blobs
+
+
+def unpack_tensors(rows: list, raw: bytes) -> Arrays:
+    """The inverse of `pack_tensors`, up to quantisation."""
+    out, at = {}, 0
+    for name, shape, bits in rows:
+        size = math.prod(shape)
+        if bits:
+            codes = np.frombuffer(raw, np.int8, size, at).reshape(shape).astype(np.float32)
+            scales = np.frombuffer(raw, "<u2", shape[0], at + size).astype(np.uint32) << 16
+            out[name] = mx.array(codes * scales.view(np.float32)[:, None])
+            at += size + 2 * shape[0]
+        else:
+            out[name] = mx.array(np.frombuffer(raw, "<f4", size, at).reshape(shape))
+            at += 4 * size
+    return out
+
+
+def checksum(version: int, model_bytes: int, body: bytes) -> bytes:
+    """SHA-256 of all that an artifact holds after its magic number."""
+    return hashlib.sha256(struct.pack("<HQ", version, model_bytes) + body).digest()
+
+
+LOCAL_KNOBS = {"run_id", "out_dir", "eval_only", "data_path", "tokenizer_path", "resume", "blas",
+               "workers", "device", "compute_dtype", "checkpoint_every"}  # fmt: skip
+
+
+def shared_knobs(cfg: Knobs) -> dict[str, Any]:
+    """The settings that do not depend on where a run takes place."""
+    return {k: v for k, v in dataclasses.asdict(cfg).items() if k not in LOCAL_KNOBS}
+
+
+def model_bytes(
+    params: Arrays, groups: dict[str, Group], cfg: Knobs, tokens: Tokenizer, packed: Packed | None
+) -> bytes:
+    """The model before compression: JSON header, byte table, the mixer's tree, tensors."""
+    rows, blobs = pack_tensors(params, groups, cfg)
+    header = {"knobs": shared_knobs(cfg), "tensors": rows}
+    header |= {"packed": [packed.tokens, packed.sha256]} if packed else {}
+    facts = ("sha256", "bos", "vocab", "dummy_prefix")
+    header["tokenizer"] = {name: getattr(tokens, name) for name in facts}
+    text = json.dumps(header).encode()
+    flags = (tokens.leading + 2 * tokens.control).astype(np.uint8)
+    tables = [tokens.piece_bytes.astype("<u2"), flags]
+    tables += [packed.leaf.astype("<u2")] if packed else []
+    return b"".join([struct.pack("<I", len(text)), text, *(a.tobytes() for a in tables), *blobs])
+
+
+def write_artifact(
+    path: Path, params: Arrays, groups: dict[str, Group], cfg: Knobs, tokens: Tokenizer,
+    packed: Packed | None = None,
+) -> Event:  # fmt: skip
+    """Write the compressed model, then the packed text; returns the export event."""
+    model = compress(model_bytes(params, groups, cfg, tokens, packed))
+    body = model + (packed.code if packed else b"")
+    digest = checksum(FORMAT_VERSION, len(model), body)
+    part = path.with_suffix(".part")
+    part.write_bytes(PREFIX.pack(MAGIC, FORMAT_VERSION, digest, len(model)) + body)
+    part.replace(path)
+    return export_event(path, params, packed)
+
+
+def export_event(path: Path, params: Arrays, packed: Packed | None) -> Event:
+    """Sizes on disk, in bytes. Raises RunFailed over the limit."""
+    code, model = Path(__file__).stat().st_size, path.stat().st_size
+    check_size(code + model, params, "the artifact")
+    text, count = (len(packed.code), packed.tokens) if packed else (0, 0)
+    return {
+        "event": "export", "code_bytes": code, "model_bytes": model, "total_bytes": code + model,
+        "limit_bytes": ARTIFACT_LIMIT_BYTES, "packed_bytes": text, "packed_tokens": count,
+    }  # fmt: skip
+
+
+def check_size(total: int, params: Arrays, what: str) -> None:
+    """Raises RunFailed, naming the largest tensors, if `total` bytes are over the limit."""
+    if total > ARTIFACT_LIMIT_BYTES:
+        largest = sorted(params, key=lambda n: -params[n].size)[:4]
+        raise RunFailed(
+            f"{what} has {total:,} bytes, {total - ARTIFACT_LIMIT_BYTES:,} over the limit of "
+            f"{ARTIFACT_LIMIT_BYTES:,}; most parameters: "
+            + ", ".join(f"{n} {params[n].size:,}" for n in largest)
+            + ". Lower NUM_LAYERS, MODEL_DIM, MLP_MULT, ENGRAM_HASH_SIZE or WEIGHT_BITS"
+        )
+
+
+def estimate_bytes(params: Arrays, groups: dict[str, Group], cfg: Knobs) -> int:
+    """Bytes of script + artifact if every tensor were Gaussian noise; RunFailed over the limit."""
+    size = Path(__file__).stat().st_size
+    for name, p in params.items():
+        bits = groups[name].bits
+        size += p.size * NOISE_BYTES[getattr(cfg, bits)] + 2 * p.shape[0] if bits else 4 * p.size
+    check_size(int(size), params, "by estimate, the artifact")
+    return int(size)
+
+
+def estimate_memory(params: Arrays, cfg: Knobs, pieces: list[int], targets: int) -> dict[str, int]:
+    """Peak bytes by estimate: {"net": of training, "mixer": of each process that has one}.
+
+    pieces: windows that each worker holds at once; targets: tokens of the validation text. The
+    net's are its float32 tensors (values, moments, average, old and new; gradients of each worker
+    and their sum) and what a piece keeps for its gradient: its blocks, the scores, and the head.
+    """
+    size = 4 if compute_dtype(cfg) == "float32" else 2
+    tokens, vocab = sum(pieces) * cfg.train_seq_len, params["tok_emb"].shape[0]
+    seen = 5 / 8 if on_cpu() else 1  # of the scores: see `query_blocks`
+    scores = int(cfg.num_heads * cfg.train_seq_len * seen)
+    block = (8 + 3 * cfg.mlp_mult) * cfg.model_dim + scores  # fitted to tests/benchmarks/memory.py
+    head = min(cfg.logit_chunk_tokens or tokens, tokens) * vocab * 4 * 4
+    copies = 4 * sum(p.size for p in params.values()) * (7 + len(pieces))
+    nodes = targets * (cfg.ngram_max_order + 1)  # at most, each with up to four slots
+    mixer = {"logistic": cfg.mixer_memory_mb << 20, "backoff": nodes * (NODE.itemsize + 16)}
+    net = copies + tokens * cfg.num_layers * block * size + head
+    return {"net": net, "mixer": mixer.get(cfg.mixer, 0)}
+
+
+@dataclass(frozen=True)
+class Packed:
+    """Training text inside an artifact, as the logistic mixer's code; decoding it is priming."""
+
+    leaf: Any  # (V,) int64: the mixer's tree, see `token_tree`
+    tokens: int
+    sha256: str  # of the text's tokens, little-endian int32
+    code: bytes
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """What an artifact holds."""
+
+    header: dict[str, Any]
+    tokens: Tokenizer
+    params: Arrays
+    packed: Packed | None
+
+
+def read_artifact(path: Path) -> Artifact:
+    """Read an artifact. Raises UserError naming what is wrong."""
+    if not path.is_file():
+        raise UserError(f"EVAL_ONLY={path}: no such file")
+    blob = path.read_bytes()
+    if len(blob) < PREFIX.size or blob[: len(MAGIC)] != MAGIC:
+        raise UserError(f"{path}: not an artifact of this script")
+    _, version, digest, model_bytes = PREFIX.unpack_from(blob)
+    body = blob[PREFIX.size :]
+    if version != FORMAT_VERSION:
+        raise UserError(f"{path}: format version {version}; this script reads {FORMAT_VERSION}")
+    if checksum(version, model_bytes, body) != digest:
+        raise UserError(f"{path}: cut short or altered (its checksum does not fit): copy it again")
+    raw = decompress(path, body[:model_bytes])
+    (length,) = struct.unpack_from("<I", raw)
+    header = json.loads(raw[4 : 4 + length])
+    if not set(header["knobs"]) <= {field.name for field in dataclasses.fields(Knobs)}:
+        raise UserError(f"{path}: made by another version of the script: use that one")
+    facts, at, packed = header["tokenizer"], 4 + length, None
+    vocab = facts.pop("vocab")
+    sizes = np.frombuffer(raw, "<u2", vocab, at)
+    flags = np.frombuffer(raw, np.uint8, vocab, at + 2 * vocab)
+    tokens = Tokenizer(sizes, (flags & 1) > 0, (flags & 2) > 0, **facts)
+    at += 3 * vocab
+    if "packed" in header:
+        leaf = np.frombuffer(raw, "<u2", vocab, at).astype(np.int64)
+        packed = Packed(leaf, *header["packed"], body[model_bytes:])
+        at += 2 * vocab
+    return Artifact(header, tokens, unpack_tensors(header["tensors"], raw[at:]), packed)
 
 
 # ==================================================================================================
@@ -1907,6 +2284,79 @@ def train(trainer: Trainer, validation: Validation) -> None:
 
 
 # ==================================================================================================
+# CONTEXT MODELS: what a scorer is; then two that learn from the text, backoff and logistic
+# ==================================================================================================
+
+
+class kernel:
+    """A function that numba compiles when it is first called: importing it needs no numba."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self.function = function
+        functools.update_wrapper(self, function)
+
+    @functools.cached_property
+    def compiled(self) -> Any:
+        """The compiled function; machine code is kept on disk for the next run."""
+        try:
+            import numba
+        except ImportError:
+            raise UserError("context models need numba: pip install numba, or MIXER=off") from None
+        return numba.njit(nogil=True, cache=True)(self.function)
+
+    def __call__(self, *args: Any) -> Any:
+        return self.compiled(*args)
+
+    def __getattr__(self, name: str) -> Any:  # what numba asks of a function that another one calls
+        return getattr(self.compiled, name)
+
+
+def net_nats(tokens: Any, logs: Any) -> Any:
+    """What the net's rows (m, V) say of tokens (m,): (m,) float64 nats."""
+    return -logs[np.arange(len(tokens)), tokens].astype(np.float64)
+
+
+def huge_zeros(n: int, dtype: Any) -> Any:
+    """Zeros (n,) that take memory when they are touched, in huge pages where there are such."""
+    size = max(n * np.dtype(dtype).itemsize, 1)
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0)
+    try:
+        memory = mmap.mmap(-1, size, flags=flags)
+    except OSError as error:
+        raise UserError(f"no {size:,} bytes for a context model's tables ({error.strerror}): lower "
+                        "MIXER_MEMORY_MB, NGRAM_MAX_ORDER or VAL_MAX_TOKENS") from None  # fmt: skip
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return np.frombuffer(memory, dtype, n)
+
+
+@kernel
+def mix_hash(h, value):
+    """One round of a 64-bit multiply-xor-shift."""
+    h = (h ^ np.uint64(value)) * np.uint64(0x9E3779B97F4A7C15)
+    return h ^ (h >> np.uint64(29))
+
+
+class NetOnly:
+    """The scorer of MIXER=off: what the net says."""
+
+    learned = 0
+
+    def begin(self, first: int) -> None:
+        """The text's first token; the net has it from the stream."""
+
+    def score(self, tokens: Any, logs: Any) -> Any:
+        """Tokens (m,), logs (m, V) -> (m, 3) nats, three times the net's."""
+        return np.repeat(net_nats(tokens, logs)[:, None], 3, axis=1)
+
+    def save(self) -> None:
+        """There is no state."""
+
+    def restore(self, state: None) -> None:
+        """There is no state."""
+
+
+# ==================================================================================================
 # N-GRAM MIXER: exact counts of the text already scored, mixed into the net's distribution
 # ==================================================================================================
 
@@ -1938,28 +2388,7 @@ NODE = np.dtype([("key", np.int64), ("place", np.uint32)]
 FIRST_ALPHA, FIRST_TOKENS = 0.25, 8.0  # a learned alpha at start, and how many tokens it is worth
 
 
-def huge_zeros(n: int, dtype: Any) -> Any:
-    """Zeros (n,) that take memory when they are touched, in huge pages where there are such."""
-    size = max(n * np.dtype(dtype).itemsize, 1)
-    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0)
-    try:
-        memory = mmap.mmap(-1, size, flags=flags)
-    except OSError as error:
-        raise UserError(f"no {size:,} bytes for a context model's tables ({error.strerror}): lower "
-                        "MIXER_MEMORY_MB, NGRAM_MAX_ORDER or VAL_MAX_TOKENS") from None  # fmt: skip
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        memory.madvise(mmap.MADV_HUGEPAGE)
-    return np.frombuffer(memory, dtype, n)
-
-
-@njit(nogil=True, cache=True)
-def mix_hash(h, value):
-    """One round of a 64-bit multiply-xor-shift."""
-    h = (h ^ np.uint64(value)) * np.uint64(0x9E3779B97F4A7C15)
-    return h ^ (h >> np.uint64(29))
-
-
-@njit(nogil=True, cache=True)
+@kernel
 def slot_of(slots, nodes, key, place):
     """Where the node with this key stands in the open-addressing table, or its empty slot."""
     mask = len(slots) - 1
@@ -1969,14 +2398,14 @@ def slot_of(slots, nodes, key, place):
     return at
 
 
-@njit(nogil=True, cache=True)
+@kernel
 def fill(slots, nodes, used):
     """Enter nodes 1 .. used - 1 into an empty table."""
     for i in range(1, used):
         slots[slot_of(slots, nodes, nodes[i].key, nodes[i].place)] = i
 
 
-@njit(nogil=True, cache=True)
+@kernel
 def pair_places(state, token, vocab, places, found):
     """Place of (context, token) for each order's context; what it finds there is loaded early."""
     slots, nodes, head, path, _ = state
@@ -1990,7 +2419,7 @@ def pair_places(state, token, vocab, places, found):
         found[k] = nodes[found[k]].count
 
 
-@njit(nogil=True, cache=True)
+@kernel
 def ngram_probability(state, token, vocab, rule, places):
     """(p of `token`, trust in it: a number from the longest context with counts); changes nothing.
 
@@ -2014,7 +2443,7 @@ def ngram_probability(state, token, vocab, rule, places):
     return p, trust
 
 
-@njit(nogil=True, cache=True)
+@kernel
 def learn(state, token, vocab, bos, distinct, places):
     """Count `token` once in each of its contexts, then make it the context's newest token.
 
@@ -2045,7 +2474,7 @@ def learn(state, token, vocab, bos, distinct, places):
     head[:] = used, depth, learned + 1
 
 
-@njit(nogil=True, cache=True)
+@kernel
 def mix(state, tokens, net, top, alphabet, rule, learns, adapts):
     """BackoffMixer.score with the net's log-probabilities of each token and of its likeliest."""
     weights, out = state[4], np.empty((len(tokens), 3))
@@ -2262,7 +2691,7 @@ class Mixer(NamedTuple):
     words: Any  # (2,) uint64: hashes of the current word and the one before
 
 
-@njit(cache=True)
+@kernel
 def learn_bit(cells, at, bit, limit):
     """Move a cell's probability towards the bit by 1 / (count + 1.5)."""
     n, p = np.int64(cells[at] & np.uint32(1023)), np.int64(cells[at] >> np.uint32(10))
@@ -2270,7 +2699,7 @@ def learn_bit(cells, at, bit, limit):
     cells[at] = np.uint32((p << 10) | min(n + 1, limit))
 
 
-@njit(cache=True)
+@kernel
 def learn_slots(slots, slot, at, bit, dice):
     """The same for the slots' cells; their counts go on by chance, so that 4 bits can count far."""
     for a in range(SLOTS):
@@ -2283,32 +2712,32 @@ def learn_slots(slots, slot, at, bit, dice):
         slots[slot[a], at] = after | (count + (dice < ADVANCE[count]))
 
 
-@njit(cache=True)
+@kernel
 def stretched(cell):
     """ln(p / (1-p)) of a cell with 22 bits of probability."""
     return STRETCH[cell >> np.uint32(20)]
 
 
-@njit(cache=True)
+@kernel
 def squashed(x):
     """Logit, float32, within 12 of 0 -> probability in 65,536ths, 1 .. 65,535."""
     return SQUASH[np.int64((x + np.float32(12)) * np.float32(256) + np.float32(0.5))]
 
 
-@njit(cache=True)
+@kernel
 def clamp(x):
     """A logit that `squashed` can take."""
     return min(max(x, np.float32(-11.9)), np.float32(11.9))
 
 
-@njit(cache=True)
+@kernel
 def recent(history, now, back, bos):
     """Token t - back, or BOS where that lies before the document."""
     at = now[TOKENS] - back
     return np.int64(history[at]) if at >= now[DOCUMENT] and at >= 0 else bos
 
 
-@njit(cache=True)
+@kernel
 def context_keys(rows, history, now, words, bos, keys):
     """64-bit key of each Context's row: it is of the past alone."""
     for a in range(len(rows)):
@@ -2322,7 +2751,7 @@ def context_keys(rows, history, now, words, bos, keys):
         keys[a] = mix_hash(h, now[DOCUMENT]) if row[2] else h
 
 
-@njit(cache=True)
+@kernel
 def touch(table, rows, keys, node, hashes, at):
     """The first place of each row's key at a node.
 
@@ -2338,7 +2767,7 @@ def touch(table, rows, keys, node, hashes, at):
     return total
 
 
-@njit(cache=True)
+@kernel
 def find(table, hashes, at, used, blank):
     """From each key's first place to where it is; the least used row is cleared for a new key.
 
@@ -2359,7 +2788,7 @@ def find(table, hashes, at, used, blank):
         at[a] = place
 
 
-@njit(cache=True)
+@kernel
 def slot_inputs(slots, maps, slot, at, level, levels, x, said):
     """Two inputs an expert: its cell, and what cells like it meant so far; returns those seen."""
     seen = 0
@@ -2374,7 +2803,7 @@ def slot_inputs(slots, maps, slot, at, level, levels, x, said):
     return seen
 
 
-@njit(cache=True)
+@kernel
 def candidate_inputs(candidates, maps, found, node, level, levels, x, said):
     """An input an expert, from the counts of the candidates below each side of the node."""
     for c in range(CANDIDATES):
@@ -2396,7 +2825,7 @@ def candidate_inputs(candidates, maps, found, node, level, levels, x, said):
             x[FIRST_CANDIDATE + c], said[SLOTS + c] = stretched(maps[at]), at
 
 
-@njit(cache=True)
+@kernel
 def match_input(maps, foretold, length, node, level, levels, x, said):
     """An input from the token that followed the match; foretold: its leaf's node, or -1."""
     x[MATCH], said[EXPERTS - 1] = np.float32(0), -1
@@ -2406,7 +2835,7 @@ def match_input(maps, foretold, length, node, level, levels, x, said):
         x[MATCH], said[EXPERTS - 1] = stretched(maps[at]), at
 
 
-@njit(cache=True)
+@kernel
 def choose_sets(slots, slot, at, node, level, levels, seen, before, before_2, age, sets):
     """Rows of weights for a decision, one of each set, the sets one after the other."""
     leaves, counts = 1 << levels, 0
@@ -2420,7 +2849,7 @@ def choose_sets(slots, slot, at, node, level, levels, seen, before, before_2, ag
     sets[5] = 18 * leaves + levels * (SLOTS + 1) + counts
 
 
-@njit(cache=True)
+@kernel
 def mix_inputs(weights, sets, x, products):
     """The mixed logit: x times the sum of the sets' rows. Vectors fit every loop but the last."""
     row = weights[sets[0]]
@@ -2441,7 +2870,7 @@ def mix_inputs(weights, sets, x, products):
     return clamp((a + b) + (c + d))
 
 
-@njit(cache=True)
+@kernel
 def learn_weights(weights, visits, sets, x, error):
     """A gradient step for each of the sets' rows, smaller the more it has taken."""
     for k in range(SETS):
@@ -2452,7 +2881,7 @@ def learn_weights(weights, visits, sets, x, error):
             row[j] += step * x[j]
 
 
-@njit(cache=True)
+@kernel
 def refine(apm, rows, mixed, at):
     """Two adaptive probability maps of the mixed logit, interpolated; half the weight is theirs.
 
@@ -2471,7 +2900,7 @@ def refine(apm, rows, mixed, at):
     return min(max(np.int64(p), 1), 65535)
 
 
-@njit(cache=True)
+@kernel
 def code_bit(coder, buffer, mode, p, bit):
     """Carry-less binary arithmetic coding (as in lpaq), p in 65,536ths; returns the bit.
 
@@ -2498,7 +2927,7 @@ def code_bit(coder, buffer, mode, p, bit):
     return bit
 
 
-@njit(cache=True)
+@kernel
 def sum_tree(leaf, row, mass):
     """The net's row (V,), in 2^-30, summed below every node of the tree."""
     leaves = len(mass) // 2
@@ -2509,7 +2938,7 @@ def sum_tree(leaf, row, mass):
         mass[node] = mass[2 * node] + mass[2 * node + 1]
 
 
-@njit(cache=True)
+@kernel
 def remember(candidates, found, leaf, token, starts, history, now, words, bos):
     """After a token: candidates, history, words, document."""
     for c in range(CANDIDATES):
@@ -2536,7 +2965,7 @@ def remember(candidates, found, leaf, token, starts, history, now, words, bos):
         words[0] = mix_hash(words[0], token)
 
 
-@njit(cache=True)
+@kernel
 def follow_match(history, now, repeats, token):
     """Keep the match if it foretold the token, else look for the last place of this text."""
     n = now[TOKENS]
@@ -2561,13 +2990,13 @@ def follow_match(history, now, repeats, token):
     repeats[at] = n
 
 
-@njit(cache=True)
+@kernel
 def net_logit(mass, node):
     """The net's logit of a 1 at a node, from the masses below each."""
     return STRETCH[(mass[2 * node + 1] << 12) // mass[node]]
 
 
-@njit(cache=True)
+@kernel
 def apm_rows(apm, node, before, leaves, rows):
     """Where a decision's two rows begin in a head's maps: its node's, and its hash with t-1."""
     h = mix_hash(np.uint64(before) << np.uint64(20), node) >> np.uint64(40)
@@ -2575,7 +3004,7 @@ def apm_rows(apm, node, before, leaves, rows):
     rows[1] = (leaves + np.int64(h) % (len(apm) // 33 - leaves)) * 33
 
 
-@njit(cache=True)
+@kernel
 def document_age(now):
     """Logarithm, to the base 4, of the document's length so far: 0 .. 7."""
     age, length = 0, now[TOKENS] - now[DOCUMENT]
@@ -2584,7 +3013,7 @@ def document_age(now):
     return age
 
 
-@njit(cache=True, inline="always")
+@kernel
 def predict(weights, apm, sets, lines, x, from_net, products, mixed, refined, p):
     """Each head's mixed logit, and its probability of 1 in 65,536ths."""
     for h in range(len(p)):
@@ -2593,7 +3022,7 @@ def predict(weights, apm, sets, lines, x, from_net, products, mixed, refined, p)
         p[h] = refine(apm[h], lines, mixed[h], refined[h])
 
 
-@njit(cache=True, inline="always")
+@kernel
 def learn_heads(weights, visits, apm, sets, x, from_net, mixed, refined, bit):
     """What each head learns from a bit."""
     for h in range(len(mixed)):
@@ -2604,7 +3033,7 @@ def learn_heads(weights, visits, apm, sets, x, from_net, mixed, refined, bit):
         learn_bit(apm[h], refined[h, 1], bit, APM_LIMIT)
 
 
-@njit(cache=True)
+@kernel
 def scratch(heads, leaves):
     """What `code_tokens` works on, in its order; the bias among the inputs is set."""
     keys, candidate_keys = np.zeros(SLOTS, np.uint64), np.zeros(CANDIDATES, np.uint64)
@@ -2619,7 +3048,7 @@ def scratch(heads, leaves):
             products, mixed, p, cost, refined, mass)  # fmt: skip
 
 
-@njit(cache=True, inline="always")
+@kernel
 def learn_maps(maps, said, bit):
     """What each expert's words meant, learned from a bit."""
     for e in range(EXPERTS):
@@ -2627,7 +3056,7 @@ def learn_maps(maps, said, bit):
             learn_bit(maps, said[e], bit, MAP_LIMIT)
 
 
-@njit(nogil=True, cache=True)
+@kernel
 def code_tokens(state, tokens, rows, bos, mode, coder, buffer, nats):
     """Score, encode or decode tokens in order, learning from each after it is coded.
 
@@ -2764,7 +3193,7 @@ def new_maps(levels: int) -> Any:
     ])  # fmt: skip
 
 
-def new_mixer(tokens: Tokens, leaf: Any, capacity: int, memory_mb: int) -> Mixer:
+def new_mixer(tokens: Tokenizer, leaf: Any, capacity: int, memory_mb: int) -> Mixer:
     """An empty mixer for `capacity` tokens of history; its tables take about `memory_mb` MiB."""
     unit, leaves = memory_mb << 20, 1 << max(tokens.vocab - 1, 1).bit_length()
     levels = leaves.bit_length() - 1
@@ -2825,7 +3254,7 @@ class LogisticMixer:
     learns from each token after coding it, whether it scores, encodes or decodes.
     """
 
-    def __init__(self, tokens: Tokens, leaf: Any, capacity: int, memory_mb: int) -> None:
+    def __init__(self, tokens: Tokenizer, leaf: Any, capacity: int, memory_mb: int) -> None:
         """leaf (V,): see `token_tree`; capacity: tokens that it will ever see."""
         self.state, self.bos = new_mixer(tokens, leaf, capacity + 1, memory_mb), max(tokens.bos, 0)
         self.vocab = tokens.vocab
@@ -2885,355 +3314,12 @@ class LogisticMixer:
             np.copyto(mine, its)
 
 
-# ==================================================================================================
-# ARTIFACT: magic, version, checksum; then, compressed by brotli: JSON header, raw tensors
-# ==================================================================================================
-
-CLIP_RATIOS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65)
-MAGIC, FORMAT_VERSION = b"MLXGOLF1", 5
-# Magic, version, SHA-256 of the version and the rest, bytes of the compressed model.
-PREFIX = struct.Struct("<8sH32sQ")
-# Bytes a value after compression, for rows of Gaussian noise (measured, brotli 11).
-NOISE_BYTES = {4: 0.445, 5: 0.56, 6: 0.68, 7: 0.80, 8: 0.925}
-
-
-def quantise_rows(w: Array, bits: int, search: bool) -> tuple[Array, Array]:
-    """Symmetric codes with one scale a row: (rows, columns) -> (codes, scale (rows, 1)), float32.
-
-    The clip is the candidate fraction of the row's largest magnitude with the least squared error.
-    Scales are rounded to bfloat16 (they are stored so) before the codes are computed: it has
-    float32's range, so no row is too small.
-    """
-    limit = 2 ** (bits - 1) - 1
-    top = mx.max(mx.abs(w), axis=1, keepdims=True) / limit
-
-    def codes_at(ratio: Array) -> tuple[Array, Array]:
-        scale = (top * ratio).astype(mx.bfloat16).astype(mx.float32)
-        return mx.clip(mx.round(w / mx.where(scale > 0, scale, 1.0)), -limit, limit), scale
-
-    best, least = mx.ones(top.shape), mx.full(top.shape, math.inf)
-    for ratio in CLIP_RATIOS if search else ():
-        codes, scale = codes_at(mx.array(ratio))
-        error = mx.sum((codes * scale - w) ** 2, axis=1, keepdims=True)
-        best, least = mx.where(error < least, ratio, best), mx.minimum(error, least)
-    return codes_at(best)
-
-
-def fake_quantise(params: Arrays, groups: dict[str, Group], cfg: Knobs) -> Arrays:
-    """The parameters as the artifact will hold them; gradients pass straight through."""
-    out = dict(params)
-    for name, p in params.items():
-        if bits := groups[name].bits:
-            frozen = mx.stop_gradient(p)
-            codes, scale = quantise_rows(frozen, getattr(cfg, bits), cfg.use_gptq_lite)
-            out[name] = p + (codes * scale - frozen)
-    return out
-
-
-def compress(raw: bytes) -> bytes:
-    """Brotli at its best: 0.9 % fewer bytes than zstd 22, 1.1 % fewer than xz -9e, on int8 rows."""
-    return brotli.compress(raw, quality=11, lgwin=24)
-
-
-def pack_tensors(params: Arrays, groups: dict[str, Group], cfg: Knobs) -> tuple[list, list[bytes]]:
-    """Parameters -> (a JSON row a tensor: name, shape, bits; their bytes in that order)."""
-    rows, blobs = [], []
-    for name, p in params.items():
-        bits = getattr(cfg, groups[name].bits) if groups[name].bits else 0
-        rows.append([name, list(p.shape), bits])
-        if bits:
-            codes, scale = quantise_rows(p, bits, cfg.use_gptq_lite)
-            stored = codes.astype(mx.int8), scale.astype(mx.bfloat16).view(mx.uint16)
-        else:
-            stored = (p.astype(mx.float32),)
-        blobs += [np.array(a).tobytes() for a in stored]
-    return rows, blobs
-
-
-def unpack_tensors(rows: list, raw: bytes) -> Arrays:
-    """The inverse of `pack_tensors`, up to quantisation."""
-    out, at = {}, 0
-    for name, shape, bits in rows:
-        size = math.prod(shape)
-        if bits:
-            codes = np.frombuffer(raw, np.int8, size, at).reshape(shape).astype(np.float32)
-            scales = np.frombuffer(raw, "<u2", shape[0], at + size).astype(np.uint32) << 16
-            out[name] = mx.array(codes * scales.view(np.float32)[:, None])
-            at += size + 2 * shape[0]
-        else:
-            out[name] = mx.array(np.frombuffer(raw, "<f4", size, at).reshape(shape))
-            at += 4 * size
-    return out
-
-
-def checksum(version: int, model_bytes: int, body: bytes) -> bytes:
-    """SHA-256 of all that an artifact holds after its magic number."""
-    return hashlib.sha256(struct.pack("<HQ", version, model_bytes) + body).digest()
-
-
-LOCAL_KNOBS = {"run_id", "out_dir", "eval_only", "data_path", "tokenizer_path", "resume", "blas",
-               "workers", "device", "compute_dtype", "checkpoint_every"}  # fmt: skip
-
-
-def shared_knobs(cfg: Knobs) -> dict[str, Any]:
-    """The settings that do not depend on where a run takes place."""
-    return {k: v for k, v in dataclasses.asdict(cfg).items() if k not in LOCAL_KNOBS}
-
-
-def model_bytes(
-    params: Arrays, groups: dict[str, Group], cfg: Knobs, tokens: Tokens, packed: Packed | None
-) -> bytes:
-    """The model before compression: JSON header, byte table, the mixer's tree, tensors."""
-    rows, blobs = pack_tensors(params, groups, cfg)
-    header = {"knobs": shared_knobs(cfg), "tensors": rows}
-    header |= {"packed": [packed.tokens, packed.sha256]} if packed else {}
-    facts = ("sha256", "bos", "vocab", "dummy_prefix")
-    header["tokenizer"] = {name: getattr(tokens, name) for name in facts}
-    text = json.dumps(header).encode()
-    flags = (tokens.leading + 2 * tokens.control).astype(np.uint8)
-    tables = [tokens.piece_bytes.astype("<u2"), flags]
-    tables += [packed.leaf.astype("<u2")] if packed else []
-    return b"".join([struct.pack("<I", len(text)), text, *(a.tobytes() for a in tables), *blobs])
-
-
-def write_artifact(
-    path: Path, params: Arrays, groups: dict[str, Group], cfg: Knobs, tokens: Tokens,
-    packed: Packed | None = None,
-) -> Event:  # fmt: skip
-    """Write the compressed model, then the packed text; returns the export event."""
-    model = compress(model_bytes(params, groups, cfg, tokens, packed))
-    body = model + (packed.code if packed else b"")
-    digest = checksum(FORMAT_VERSION, len(model), body)
-    part = path.with_suffix(".part")
-    part.write_bytes(PREFIX.pack(MAGIC, FORMAT_VERSION, digest, len(model)) + body)
-    part.replace(path)
-    return export_event(path, params, packed)
-
-
-def export_event(path: Path, params: Arrays, packed: Packed | None) -> Event:
-    """Sizes on disk, in bytes. Raises RunFailed over the limit."""
-    code, model = Path(__file__).stat().st_size, path.stat().st_size
-    check_size(code + model, params, "the artifact")
-    text, count = (len(packed.code), packed.tokens) if packed else (0, 0)
-    return {
-        "event": "export", "code_bytes": code, "model_bytes": model, "total_bytes": code + model,
-        "limit_bytes": ARTIFACT_LIMIT_BYTES, "packed_bytes": text, "packed_tokens": count,
-    }  # fmt: skip
-
-
-def check_size(total: int, params: Arrays, what: str) -> None:
-    """Raises RunFailed, naming the largest tensors, if `total` bytes are over the limit."""
-    if total > ARTIFACT_LIMIT_BYTES:
-        largest = sorted(params, key=lambda n: -params[n].size)[:4]
-        raise RunFailed(
-            f"{what} has {total:,} bytes, {total - ARTIFACT_LIMIT_BYTES:,} over the limit of "
-            f"{ARTIFACT_LIMIT_BYTES:,}; most parameters: "
-            + ", ".join(f"{n} {params[n].size:,}" for n in largest)
-            + ". Lower NUM_LAYERS, MODEL_DIM, MLP_MULT, ENGRAM_HASH_SIZE or WEIGHT_BITS"
-        )
-
-
-def estimate_bytes(params: Arrays, groups: dict[str, Group], cfg: Knobs) -> int:
-    """Bytes of script + artifact if every tensor were Gaussian noise; RunFailed over the limit."""
-    size = Path(__file__).stat().st_size
-    for name, p in params.items():
-        bits = groups[name].bits
-        size += p.size * NOISE_BYTES[getattr(cfg, bits)] + 2 * p.shape[0] if bits else 4 * p.size
-    check_size(int(size), params, "by estimate, the artifact")
-    return int(size)
-
-
-def estimate_memory(params: Arrays, cfg: Knobs, pieces: list[int], targets: int) -> dict[str, int]:
-    """Peak bytes by estimate: {"net": of training, "mixer": of each process that has one}.
-
-    pieces: windows that each worker holds at once; targets: tokens of the validation text. The
-    net's are its float32 tensors (values, moments, average, old and new; gradients of each worker
-    and their sum) and what a piece keeps for its gradient: its blocks, the scores, and the head.
-    """
-    size = 4 if compute_dtype(cfg) == "float32" else 2
-    tokens, vocab = sum(pieces) * cfg.train_seq_len, params["tok_emb"].shape[0]
-    seen = 5 / 8 if on_cpu() else 1  # of the scores: see `query_blocks`
-    scores = int(cfg.num_heads * cfg.train_seq_len * seen)
-    block = (8 + 3 * cfg.mlp_mult) * cfg.model_dim + scores  # fitted to tests/benchmarks/memory.py
-    head = min(cfg.logit_chunk_tokens or tokens, tokens) * vocab * 4 * 4
-    copies = 4 * sum(p.size for p in params.values()) * (7 + len(pieces))
-    nodes = targets * (cfg.ngram_max_order + 1)  # at most, each with up to four slots
-    mixer = {"logistic": cfg.mixer_memory_mb << 20, "backoff": nodes * (NODE.itemsize + 16)}
-    net = copies + tokens * cfg.num_layers * block * size + head
-    return {"net": net, "mixer": mixer.get(cfg.mixer, 0)}
-
-
-@dataclass(frozen=True)
-class Packed:
-    """Training text inside an artifact, as the logistic mixer's code; decoding it is priming."""
-
-    leaf: Any  # (V,) int64: the mixer's tree, see `token_tree`
-    tokens: int
-    sha256: str  # of the text's tokens, little-endian int32
-    code: bytes
-
-
-@dataclass(frozen=True)
-class Artifact:
-    """What an artifact holds."""
-
-    header: dict[str, Any]
-    tokens: Tokens
-    params: Arrays
-    packed: Packed | None
-
-
-def read_artifact(path: Path) -> Artifact:
-    """Read an artifact. Raises UserError naming what is wrong."""
-    if not path.is_file():
-        raise UserError(f"EVAL_ONLY={path}: no such file")
-    blob = path.read_bytes()
-    if len(blob) < PREFIX.size or blob[: len(MAGIC)] != MAGIC:
-        raise UserError(f"{path}: not an artifact of this script")
-    _, version, digest, model_bytes = PREFIX.unpack_from(blob)
-    body = blob[PREFIX.size :]
-    if version != FORMAT_VERSION:
-        raise UserError(f"{path}: format version {version}; this script reads {FORMAT_VERSION}")
-    if checksum(version, model_bytes, body) != digest:
-        raise UserError(f"{path}: cut short or altered (its checksum does not fit): copy it again")
-    raw = brotli.decompress(body[:model_bytes])
-    (length,) = struct.unpack_from("<I", raw)
-    header = json.loads(raw[4 : 4 + length])
-    if not set(header["knobs"]) <= {field.name for field in dataclasses.fields(Knobs)}:
-        raise UserError(f"{path}: made by another version of the script: use that one")
-    facts, at, packed = header["tokenizer"], 4 + length, None
-    vocab = facts.pop("vocab")
-    sizes = np.frombuffer(raw, "<u2", vocab, at)
-    flags = np.frombuffer(raw, np.uint8, vocab, at + 2 * vocab)
-    tokens = Tokens(sizes, (flags & 1) > 0, (flags & 2) > 0, **facts)
-    at += 3 * vocab
-    if "packed" in header:
-        leaf = np.frombuffer(raw, "<u2", vocab, at).astype(np.int64)
-        packed = Packed(leaf, *header["packed"], body[model_bytes:])
-        at += 2 * vocab
-    return Artifact(header, tokens, unpack_tensors(header["tensors"], raw[at:]), packed)
-
-
-# ==================================================================================================
-# EVALUATION: each position scored exactly once
-# ==================================================================================================
-
-
-def windows(targets: int, seq_len: int, stride: int) -> Iterator[tuple[int, int, int]]:
-    """(start, first, last): input starts at `start`, targets first..last-1 are scored by it.
-
-    Targets are numbered from 0; target i is token i + 1 and follows input i. Each is scored once,
-    in order, with at least seq_len - stride tokens before it wherever the text has them.
-    """
-    yield 0, 0, min(seq_len, targets)
-    for first in range(seq_len, targets, stride):
-        yield first + stride - seq_len, first, min(first + stride, targets)
-
-
-def net_stream(
-    model: GPT, params: Arrays, text: Any, shape: tuple[int, int, int], workers: Workers
-) -> Iterator[tuple[int, Any]]:
-    """The net's log-distributions of the text's targets, in text order.
-
-    text (n,) int32; shape: tokens a window, stride, windows a batch. Yields (first target, (m, V)
-    float32 NumPy nats); the parts cover targets 0 .. n-2 once. A context model takes its place as a
-    stage that consumes this stream and yields its own. Every batch has the same shape (the text's
-    end is padded on the right, where a causal net does not look), and only scored positions reach
-    the vocabulary head.
-    """
-    mx.eval(params)  # here, as the stream may be taken from by another thread
-    model.update(tree_unflatten(list(params.items())))
-    return batches_of_rows(model, text, shape, workers)
-
-
-def batches_of_rows(
-    model: GPT, text: Any, shape: tuple[int, int, int], workers: Workers
-) -> Iterator[tuple[int, Any]]:
-    """`net_stream`'s parts, by the model's own parameters."""
-    seq_len, stride, batch = shape
-    forward = model.logits if on_cpu() else mx.compile(model.logits, inputs=model.state)
-    padded = np.concatenate([text, np.full(seq_len + stride, max(model.bos, 0), np.int32)])
-    (_, _, end), *rest = windows(len(text) - 1, seq_len, stride)
-    yield 0, first_window(model, padded[:seq_len], workers)[:end]  # a decoder repeats it
-    batch = min(batch, max(len(rest), 1))
-    for at in range(0, len(rest), batch):
-        group = rest[at : at + batch]
-        rows = np.stack([padded[s : s + seq_len] for s, _, _ in group])
-        rows = np.pad(rows, [(0, batch - len(rows)), (0, 0)])
-        shares = np.array_split(rows, min(workers.count, batch))
-        parts = workers.map(forward, [(mx.array(share), stride) for share in shares])
-        out = log_softmax(np.concatenate([np.array(p) for p in parts]))
-        for (_, first, end), logs in zip(group, out, strict=False):
-            yield first, logs[: end - first]
-
-
-def ahead(parts: Iterator[tuple[int, Any]]) -> Iterator[tuple[int, Any]]:
-    """The same parts, each made while the one before is used."""
-    with ThreadPoolExecutor(1) as pool:
-        try:
-            coming = pool.submit(next, parts, None)
-            while part := coming.result():
-                coming = pool.submit(next, parts, None)
-                yield part
-        finally:
-            pool.submit(mx.clear_streams)  # a stream ends in the thread that made it
-
-
-def first_window(model: GPT, inputs: Any, workers: Workers) -> Any:
-    """The net's log-distributions after each of a window's inputs (T,), alone: (T, V) float32.
-
-    A row is a function of the inputs up to its own, whatever follows, to the bit.
-    """
-    parts = workers.map(model.logits, [(mx.array(inputs[None]), len(inputs))])
-    return log_softmax(np.array(parts[0])[0])
-
-
-def log_softmax(logits: Any) -> Any:
-    """(..., V) float32 -> log-probabilities in nats, float32, whose sum is 1 within 1e-6.
-
-    MLX's sum of a row, in float32, is off by up to 5e-6: a score that no decoder could reach.
-    """
-    logits = logits - logits.max(axis=-1, keepdims=True)
-    total = np.exp(logits).sum(axis=-1, keepdims=True, dtype=np.float64)
-    return (logits - np.log(total)).astype(np.float32)
-
-
-def bits_per_byte(nats: float, byte_count: int) -> float:
-    """Code length in nats over the decoded text's UTF-8 length -> bits per byte."""
-    return nats / math.log(2) / byte_count
-
-
-Progress = Callable[[int, int, str], None]  # tokens done, tokens in all, what to say of them
-
-
-def net_nats(tokens: Any, logs: Any) -> Any:
-    """What the net's rows (m, V) say of tokens (m,): (m,) float64 nats."""
-    return -logs[np.arange(len(tokens)), tokens].astype(np.float64)
-
-
-class NetOnly:
-    """The scorer of MIXER=off: what the net says."""
-
-    learned = 0
-
-    def begin(self, first: int) -> None:
-        """The text's first token; the net has it from the stream."""
-
-    def score(self, tokens: Any, logs: Any) -> Any:
-        """Tokens (m,), logs (m, V) -> (m, 3) nats, three times the net's."""
-        return np.repeat(net_nats(tokens, logs)[:, None], 3, axis=1)
-
-    def save(self) -> None:
-        """There is no state."""
-
-    def restore(self, state: None) -> None:
-        """There is no state."""
-
-
 Scorer = LogisticMixer | BackoffMixer | NetOnly
 
 
-def new_scorer(cfg: Knobs, tokens: Tokens, leaf: Any, capacity: int, memory_mb: int = 0) -> Scorer:
+def new_scorer(
+    cfg: Knobs, tokens: Tokenizer, leaf: Any, capacity: int, memory_mb: int = 0
+) -> Scorer:
     """MIXER's scorer for `capacity` tokens, which has seen nothing yet."""
     if cfg.mixer == "off":
         return NetOnly()
@@ -3242,50 +3328,6 @@ def new_scorer(cfg: Knobs, tokens: Tokens, leaf: Any, capacity: int, memory_mb: 
         order, smoothing = cfg.ngram_max_order, cfg.ngram_smoothing
         return BackoffMixer(tokens.vocab, max(tokens.bos, 0), order, smoothing, alpha, capacity)
     return LogisticMixer(tokens, leaf, capacity, memory_mb or cfg.mixer_memory_mb)
-
-
-def costs(
-    stream: Iterator[tuple[int, Any]], text: Any, scorer: Scorer, done: int = 0
-) -> Iterator[tuple[int, Any]]:
-    """Stages of the production score: the net's stream -> (first target, (m, 3) nats).
-
-    The columns: the net alone, the context models alone, all together. The scorer, which has begun
-    with the text's first token, learns from each token after it is scored; its first `done` targets
-    are scored already.
-    """
-    for first, logs in stream:
-        logs, first = logs[max(done - first, 0) :], max(first, done)
-        if len(logs):
-            yield first, scorer.score(text[first + 1 : first + 1 + len(logs)], logs)
-
-
-def covering(parts: Iterator[tuple[int, Any]], targets: int) -> Iterator[tuple[int, Any]]:
-    """The same parts. Raises AuditFailed unless they cover every target once, in order."""
-    done = 0
-    for first, part in parts:
-        if first != done:
-            raise AuditFailed("coverage", f"target {done} was due, but {first} was scored")
-        yield first, part
-        done += len(part)
-    if done != targets:
-        raise AuditFailed("coverage", f"scored {done} of {targets} targets")
-
-
-def score(
-    parts: Iterator[tuple[int, Any]], text: Any, tokens: Tokens, show: Progress
-) -> dict[str, Any]:
-    """Add up costs; returns loss (nats/token), BPB of all, net and contexts, and the counts."""
-    nats, byte_count, end = np.zeros(3), 0, 0
-    for first, part in covering(parts, len(text) - 1):
-        nats, end = nats + part.sum(axis=0), first + len(part)
-        byte_count += int(tokens.bytes_of(text[first:end], text[first + 1 : end + 1]).sum())
-        bpb = bits_per_byte(float(nats[2]), max(byte_count, 1))
-        show(end, len(text) - 1, f"bpb {bpb:.4f}, ")
-    if not (byte_count and np.isfinite(nats).all()):
-        raise RunFailed(f"no score: {nats} nats over {byte_count} bytes of validation text")
-    net, contexts, bpb = (bits_per_byte(float(n), byte_count) for n in nats)
-    return {"val_loss": float(nats[2]) / end, "val_bpb": bpb, "val_bpb_net": net,
-            "val_bpb_context": contexts, "val_tokens": end, "val_bytes": byte_count}  # fmt: skip
 
 
 # ==================================================================================================
@@ -3330,7 +3372,7 @@ def rank_documents(text: Any, vocab: int, bos: int, budget: int) -> Iterator[Any
         free[batch] = False
 
 
-def token_bytes(text: Any, budget: int, tokens: Tokens, leaf: Any) -> float:
+def token_bytes(text: Any, budget: int, tokens: Tokenizer, leaf: Any) -> float:
     """Code bytes a token, at the most, of `budget` bytes: what a sample (n,) costs, and a tenth."""
     mixer, coder, count = LogisticMixer(tokens, leaf, len(text), 64), Coder(), 0
     while count < len(text) and len(coder.out) < budget:
@@ -3344,7 +3386,7 @@ class Packer:
     """Codes training text beside the training, in a thread that owns one core while it lasts."""
 
     def __init__(
-        self, data: TrainWindows, tokens: Tokens, cfg: Knobs, budget: int, workers: Workers
+        self, data: TrainWindows, tokens: Tokenizer, cfg: Knobs, budget: int, workers: Workers
     ) -> None:
         self.tokens, self.cfg, self.budget, self.workers = tokens, cfg, budget, workers
         self.data, self.seconds, self.error = data, 0.0, None
@@ -3444,6 +3486,139 @@ def unpack(mixer: LogisticMixer, packed: Packed, label: str) -> None:
         show(at + size, packed.tokens, "")
     if mixer.read_sha256() != packed.sha256:
         raise AuditFailed("paid text", "it does not decode to the text that was packed")
+
+
+# ==================================================================================================
+# EVALUATION: each position scored exactly once
+# ==================================================================================================
+
+
+def windows(targets: int, seq_len: int, stride: int) -> Iterator[tuple[int, int, int]]:
+    """(start, first, last): input starts at `start`, targets first..last-1 are scored by it.
+
+    Targets are numbered from 0; target i is token i + 1 and follows input i. Each is scored once,
+    in order, with at least seq_len - stride tokens before it wherever the text has them.
+    """
+    yield 0, 0, min(seq_len, targets)
+    for first in range(seq_len, targets, stride):
+        yield first + stride - seq_len, first, min(first + stride, targets)
+
+
+def net_stream(
+    model: GPT, params: Arrays, text: Any, shape: tuple[int, int, int], workers: Workers
+) -> Iterator[tuple[int, Any]]:
+    """The net's log-distributions of the text's targets, in text order.
+
+    text (n,) int32; shape: tokens a window, stride, windows a batch. Yields (first target, (m, V)
+    float32 NumPy nats); the parts cover targets 0 .. n-2 once. A context model takes its place as a
+    stage that consumes this stream and yields its own. Every batch has the same shape (the text's
+    end is padded on the right, where a causal net does not look), and only scored positions reach
+    the vocabulary head.
+    """
+    mx.eval(params)  # here, as the stream may be taken from by another thread
+    model.update(tree_unflatten(list(params.items())))
+    return batches_of_rows(model, text, shape, workers)
+
+
+def batches_of_rows(
+    model: GPT, text: Any, shape: tuple[int, int, int], workers: Workers
+) -> Iterator[tuple[int, Any]]:
+    """`net_stream`'s parts, by the model's own parameters."""
+    seq_len, stride, batch = shape
+    forward = model.logits if on_cpu() else mx.compile(model.logits, inputs=model.state)
+    padded = np.concatenate([text, np.full(seq_len + stride, max(model.bos, 0), np.int32)])
+    (_, _, end), *rest = windows(len(text) - 1, seq_len, stride)
+    yield 0, first_window(model, padded[:seq_len], workers)[:end]  # a decoder repeats it
+    batch = min(batch, max(len(rest), 1))
+    for at in range(0, len(rest), batch):
+        group = rest[at : at + batch]
+        rows = np.stack([padded[s : s + seq_len] for s, _, _ in group])
+        rows = np.pad(rows, [(0, batch - len(rows)), (0, 0)])
+        shares = np.array_split(rows, min(workers.count, batch))
+        parts = workers.map(forward, [(mx.array(share), stride) for share in shares])
+        out = log_softmax(np.concatenate([np.array(p) for p in parts]))
+        for (_, first, end), logs in zip(group, out, strict=False):
+            yield first, logs[: end - first]
+
+
+def ahead(parts: Iterator[tuple[int, Any]]) -> Iterator[tuple[int, Any]]:
+    """The same parts, each made while the one before is used."""
+    with ThreadPoolExecutor(1) as pool:
+        try:
+            coming = pool.submit(next, parts, None)
+            while part := coming.result():
+                coming = pool.submit(next, parts, None)
+                yield part
+        finally:
+            pool.submit(mx.clear_streams)  # a stream ends in the thread that made it
+
+
+def first_window(model: GPT, inputs: Any, workers: Workers) -> Any:
+    """The net's log-distributions after each of a window's inputs (T,), alone: (T, V) float32.
+
+    A row is a function of the inputs up to its own, whatever follows, to the bit.
+    """
+    parts = workers.map(model.logits, [(mx.array(inputs[None]), len(inputs))])
+    return log_softmax(np.array(parts[0])[0])
+
+
+def log_softmax(logits: Any) -> Any:
+    """(..., V) float32 -> log-probabilities in nats, float32, whose sum is 1 within 1e-6.
+
+    MLX's sum of a row, in float32, is off by up to 5e-6: a score that no decoder could reach.
+    """
+    logits = logits - logits.max(axis=-1, keepdims=True)
+    total = np.exp(logits).sum(axis=-1, keepdims=True, dtype=np.float64)
+    return (logits - np.log(total)).astype(np.float32)
+
+
+def bits_per_byte(nats: float, byte_count: int) -> float:
+    """Code length in nats over the decoded text's UTF-8 length -> bits per byte."""
+    return nats / math.log(2) / byte_count
+
+
+def costs(
+    stream: Iterator[tuple[int, Any]], text: Any, scorer: Scorer, done: int = 0
+) -> Iterator[tuple[int, Any]]:
+    """Stages of the production score: the net's stream -> (first target, (m, 3) nats).
+
+    The columns: the net alone, the context models alone, all together. The scorer, which has begun
+    with the text's first token, learns from each token after it is scored; its first `done` targets
+    are scored already.
+    """
+    for first, logs in stream:
+        logs, first = logs[max(done - first, 0) :], max(first, done)
+        if len(logs):
+            yield first, scorer.score(text[first + 1 : first + 1 + len(logs)], logs)
+
+
+def covering(parts: Iterator[tuple[int, Any]], targets: int) -> Iterator[tuple[int, Any]]:
+    """The same parts. Raises AuditFailed unless they cover every target once, in order."""
+    done = 0
+    for first, part in parts:
+        if first != done:
+            raise AuditFailed("coverage", f"target {done} was due, but {first} was scored")
+        yield first, part
+        done += len(part)
+    if done != targets:
+        raise AuditFailed("coverage", f"scored {done} of {targets} targets")
+
+
+def score(
+    parts: Iterator[tuple[int, Any]], text: Any, tokens: Tokenizer, show: Progress
+) -> dict[str, Any]:
+    """Add up costs; returns loss (nats/token), BPB of all, net and contexts, and the counts."""
+    nats, byte_count, end = np.zeros(3), 0, 0
+    for first, part in covering(parts, len(text) - 1):
+        nats, end = nats + part.sum(axis=0), first + len(part)
+        byte_count += int(tokens.bytes_of(text[first:end], text[first + 1 : end + 1]).sum())
+        bpb = bits_per_byte(float(nats[2]), max(byte_count, 1))
+        show(end, len(text) - 1, f"bpb {bpb:.4f}, ")
+    if not (byte_count and np.isfinite(nats).all()):
+        raise RunFailed(f"no score: {nats} nats over {byte_count} bytes of validation text")
+    net, contexts, bpb = (bits_per_byte(float(n), byte_count) for n in nats)
+    return {"val_loss": float(nats[2]) / end, "val_bpb": bpb, "val_bpb_net": net,
+            "val_bpb_context": contexts, "val_tokens": end, "val_bytes": byte_count}  # fmt: skip
 
 
 # ==================================================================================================
@@ -3600,111 +3775,7 @@ class Audit:
 
 
 # ==================================================================================================
-# REPORT: an event is a dict; metrics.jsonl and the text lines are both made from it
-# ==================================================================================================
-
-
-class Report:
-    """The run's folder: train.log (the script's source, then the lines) and metrics.jsonl."""
-
-    def __init__(self, cfg: Knobs) -> None:
-        name = cfg.run_id or time.strftime("%Y%m%d-%H%M%S") + f"-{cfg.seed}-{os.getpid()}"
-        self.folder, self.iterations = Path(cfg.out_dir) / name, cfg.iterations
-        self.checkpoint = self.folder / "checkpoint" / "state.safetensors"
-        if cfg.resume and not self.checkpoint.is_file():
-            raise UserError(f"RESUME=1: there is no {self.checkpoint}: unset RESUME")
-        try:
-            self.folder.mkdir(parents=True, exist_ok=cfg.resume)
-        except FileExistsError:
-            go_on = ", or go on with RESUME=1" if self.checkpoint.is_file() else ""
-            raise UserError(f"RUN_ID={name}: {self.folder} exists and is never overwritten: "
-                            f"choose another RUN_ID{go_on}") from None  # fmt: skip
-        except OSError as error:
-            raise UserError(f"OUT_DIR={cfg.out_dir}: {error.strerror}") from None
-        if not cfg.resume:
-            source = Path(__file__).read_text()
-            (self.folder / "train.log").write_text(f"{source}\n{'=' * 100}\n")
-
-    def line(self, text: str) -> None:
-        """A line on the screen and in train.log."""
-        print(text, flush=True)
-        with open(self.folder / "train.log", "a") as log:
-            log.write(text + "\n")
-
-    def event(self, event: Event, *lines: str) -> None:
-        """A JSON object in metrics.jsonl, and its lines with the event's values filled in."""
-        with open(self.folder / "metrics.jsonl", "a") as log:
-            log.write(json.dumps(event) + "\n")
-        for text in lines:
-            self.line(text.format(**event, n=self.iterations, part=part_of_text(event)))
-
-
-class Silence(Report):
-    """The report of a rank that leaves reporting to rank 0."""
-
-    def __init__(self) -> None:
-        self.folder = Path()
-        self.checkpoint = Path()
-
-    def line(self, text: str) -> None:
-        """Nothing."""
-
-    def event(self, event: Event, *lines: str) -> None:
-        """Nothing."""
-
-
-def show_progress(label: str, every_s: float = 10.0) -> Progress:
-    """Shows how far a work on tokens is: a line every few seconds, the first one soon."""
-    begin = time.perf_counter()
-    due = begin + 1
-
-    def show(done: int, total: int, note: str) -> None:
-        nonlocal due
-        now = time.perf_counter()
-        if now > due:
-            due, left = now + every_s, (now - begin) * (total - done) / done
-            print(f"{label}: {done}/{total} tokens, {note}{left:.0f} s left", flush=True)
-
-    return show
-
-
-TRAIN_LINE = (
-    "step:{step}/{n} train_loss:{train_loss:.4f} train_time:{train_time_ms:.0f}ms "
-    "step_avg:{step_avg_ms:.2f}ms tok_s:{tok_s:.0f}"
-)
-VAL_LINE = "step:{step}/{n} val_loss:{val_loss:.4f} val_bpb:{val_bpb:.4f}{part}"
-EXPORT_LINE = (
-    "serialized_int6_zstd:{model_bytes} bytes (brotli; text:{packed_bytes} code:{code_bytes} "
-    "total:{total_bytes} limit:{limit_bytes})"
-)
-ROUNDTRIP_LINES = (
-    "final_int6_zstd_roundtrip val_loss:{val_loss:.4f} val_bpb:{val_bpb:.4f} "
-    "val_bpb_net:{val_bpb_net:.4f} val_bpb_context:{val_bpb_context:.4f} "
-    "eval_time:{eval_time_ms:.0f}ms{part} [{mode}, {mixer}]",
-    "final_int6_zstd_roundtrip_exact val_loss:{val_loss:.8f} val_bpb:{val_bpb:.8f}{part} [{mode}]",
-)
-CONFIG_LINES = (
-    "machine: {machine}, MLX {mlx_version}, {dtype_used}, {ranks} x {workers_used} worker(s), "
-    "{gflops:.0f} GFLOP/s; BLAS: {blas_used}",
-    "preset {preset}: {num_layers} layers x {model_dim}, {num_heads} heads, {num_kv_heads} KV "
-    "heads, MLP {mlp_mult}x, seq {train_seq_len}, {train_batch_tokens} tokens a step",
-)
-FINAL_LINE = (
-    "val_bpb {val_bpb:.4f} (net {val_bpb_net:.4f}, contexts {val_bpb_context:.4f}; audit: {audit}) "
-    "on {val_tokens:,} tokens, {val_bytes:,} bytes{part}; {total_bytes:,} "
-    "bytes of script and artifact; trained on {train_tokens:,} tokens in {train_seconds:.0f} s; "
-    "evaluated in {eval_seconds:.0f} s"
-)
-
-
-def part_of_text(event: Event) -> str:
-    """A label for scores of less than the whole validation split."""
-    whole = event.get("val_whole", True)
-    return "" if whole else f" (PART of the text: {event['val_tokens']} tokens)"
-
-
-# ==================================================================================================
-# MAIN
+# MODES
 # ==================================================================================================
 
 
@@ -3714,7 +3785,7 @@ class Validation:
 
     cfg: Knobs
     model: GPT
-    tokens: Tokens
+    tokens: Tokenizer
     folder: Path  # of the shards
     workers: Workers
 
@@ -3800,21 +3871,6 @@ def describe_training(trainer: Trainer, validation: Validation) -> Iterator[str]
         yield "warning: memory may not suffice: lower MLX_MAX_MICROBATCH_TOKENS or MIXER_MEMORY_MB"
 
 
-def peak_memory() -> int:
-    """Bytes at most: MLX's on a GPU, the process's on a CPU."""
-    if not on_cpu():
-        return mx.get_peak_memory()
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-
-def memory_limit() -> int:
-    """Bytes that the GPU recommends to use, or that the machine has."""
-    gpu = {} if on_cpu() else mx.device_info()
-    machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return gpu.get("max_recommended_working_set_size", gpu.get("total_memory", machine))
-
-
 def train_and_export(
     cfg: Knobs, folder: Path, tokenizer: Path, report: Report, workers: Workers, ranks: Ranks
 ) -> tuple[Event, LogisticMixer | None]:
@@ -3852,7 +3908,7 @@ def train_and_export(
     return made, packer.mixer if packer else None
 
 
-def export(trainer: Trainer, packer: Packer | None, tokens: Tokens) -> Event:
+def export(trainer: Trainer, packer: Packer | None, tokens: Tokenizer) -> Event:
     """Keep the raw weights, wait for the packer, write the artifact; returns the export event."""
     cfg, report, packed, seconds = trainer.cfg, trainer.report, None, trainer.elapsed_s
     meta = {"knobs": json.dumps(dataclasses.asdict(cfg)), "tokenizer_sha256": tokens.sha256}
@@ -3872,7 +3928,7 @@ def export(trainer: Trainer, packer: Packer | None, tokens: Tokens) -> Event:
             "tok_s": trained / max(trainer.elapsed_s, 1e-9)}  # fmt: skip
 
 
-def new_packer(trainer: Trainer, tokens: Tokens) -> Packer | None:
+def new_packer(trainer: Trainer, tokens: Tokenizer) -> Packer | None:
     """Rank 0's packer, with the bytes it may use; None unless MIXER=logistic."""
     cfg = trainer.cfg
     if cfg.mixer != "logistic" or trainer.ranks.rank:
@@ -4004,15 +4060,6 @@ def evaluate(
     if isinstance(result, Exception):
         raise result
     return result
-
-
-def use_device(cfg: Knobs) -> None:
-    """Make DEVICE the default device."""
-    if cfg.device != "auto":
-        device = mx.cpu if cfg.device == "cpu" else mx.gpu
-        if not mx.is_available(device):
-            raise UserError("DEVICE=gpu: this MLX has none; on Linux: pip install 'mlx[cuda13]'")
-        mx.set_default_device(device)
 
 
 def main(cfg: Knobs, warnings: list[str]) -> None:

@@ -31,7 +31,7 @@ def tokens_of(vocab=1024, seed=0):
     """Tokenizer facts with every flag in use."""
     rng = np.random.default_rng(seed)
     flags = rng.random((2, vocab)) < 0.3
-    return t.Tokens(rng.integers(0, 9, vocab).astype(np.uint16), *flags, 1, True, "ab" * 32)
+    return t.Tokenizer(rng.integers(0, 9, vocab).astype(np.uint16), *flags, 1, True, "ab" * 32)
 
 
 # --------------------------------------------------------------------------------------------------

@@ -57,7 +57,7 @@ def facts(module):
     control = np.arange(VOCAB) < 4
     size = np.where(control, 0, 1 + np.arange(VOCAB) % 5).astype(np.uint16)
     leading = (np.arange(VOCAB) % 3 == 0) & ~control
-    return module.Tokens(size, leading, control, BOS, True, "ab" * 32)
+    return module.Tokenizer(size, leading, control, BOS, True, "ab" * 32)
 
 
 def some_text(seed=0, size=300):

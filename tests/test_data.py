@@ -146,7 +146,7 @@ def tokens_of(vocab: int, bos: int = 1):
     """Tokenizer facts for made-up ids: every token one byte, BOS none."""
     control = np.arange(vocab) == bos
     size = np.where(control, 0, 1).astype(np.uint16)
-    return t.Tokens(size, np.zeros(vocab, bool), control, bos, False, "")
+    return t.Tokenizer(size, np.zeros(vocab, bool), control, bos, False, "")
 
 
 def test_ids_outside_the_vocabulary_are_named(tmp_path):

@@ -28,7 +28,7 @@ def facts(seed=0):
     rng = np.random.default_rng(seed)
     control = np.arange(VOCAB) < 4
     size = np.where(control, 0, rng.integers(1, 7, VOCAB)).astype(np.uint16)
-    return t.Tokens(size, (rng.random(VOCAB) < 0.4) & ~control, control, BOS, True, "")
+    return t.Tokenizer(size, (rng.random(VOCAB) < 0.4) & ~control, control, BOS, True, "")
 
 
 # --------------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ BOS, F = 2, np.float32
 def facts(vocab):
     control = np.arange(vocab) < 4
     leading = (np.arange(vocab) & 2 > 0) & ~control
-    return t.Tokens(np.ones(vocab, np.uint16), leading, control, min(BOS, vocab - 1), True, "")
+    return t.Tokenizer(np.ones(vocab, np.uint16), leading, control, min(BOS, vocab - 1), True, "")
 
 
 def numbers(seed=1):

@@ -31,7 +31,9 @@ def settings(steps: int, seed: int, folder: str, **env: str) -> t.Knobs:
     return t.knobs_from_env({"VAL_MAX_TOKENS": "200000", **os.environ, **fixed, **env})[0]
 
 
-def trained(cfg: t.Knobs, data: t.TrainWindows, tokens: t.Tokens, workers: t.Workers) -> t.Trainer:
+def trained(
+    cfg: t.Knobs, data: t.TrainWindows, tokens: t.Tokenizer, workers: t.Workers
+) -> t.Trainer:
     """A net after all its steps."""
     trainer = t.Trainer(
         t.GPT(cfg, tokens.vocab, tokens.bos), cfg, data, t.Report(cfg), workers, t.Ranks()

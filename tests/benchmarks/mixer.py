@@ -51,12 +51,12 @@ def flat(targets: int, vocab: int) -> Iterator[tuple[int, np.ndarray]]:
         yield first, rows[: targets - first]
 
 
-def backoff(tokens: t.Tokens, val: np.ndarray) -> t.BackoffMixer:
+def backoff(tokens: t.Tokenizer, val: np.ndarray) -> t.BackoffMixer:
     """The backoff mixer as the presets have it."""
     return t.BackoffMixer(tokens.vocab, tokens.bos, 4, "kneser-ney", None, len(val))
 
 
-def ours(tokens: t.Tokens, train: np.ndarray, val: np.ndarray, net: Callable | None) -> Iterator:
+def ours(tokens: t.Tokenizer, train: np.ndarray, val: np.ndarray, net: Callable | None) -> Iterator:
     """Backoff online, logistic online and primed; `net` makes a stream of a net's rows."""
     count, n = int(tokens.bytes_of(val[:-1], val[1:]).sum()), len(val) - 1
     nats, seconds = scored(backoff(tokens, val), val, flat(n, tokens.vocab))

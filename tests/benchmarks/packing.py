@@ -33,7 +33,9 @@ def random_documents(text: np.ndarray, _vocab: int, bos: int, budget: int) -> It
             budget -= int(ends[i] - starts[i])
 
 
-def row(cfg: t.Knobs, data: t.TrainWindows, tokens: t.Tokens, val: np.ndarray, budget: int) -> dict:
+def row(
+    cfg: t.Knobs, data: t.TrainWindows, tokens: t.Tokenizer, val: np.ndarray, budget: int
+) -> dict:
     """Pack, then score the validation text with the mixer that packed."""
     packer = t.Packer(data, tokens, cfg, budget, t.Workers(1))
     packer.start(0.0)

@@ -96,7 +96,7 @@ def backoff(text: np.ndarray) -> list[dict]:
 
 def logistic(text: np.ndarray) -> list[dict]:
     """LogisticMixer with its usual memory."""
-    tokens = t.Tokens(np.ones(VOCAB, np.uint16), np.arange(VOCAB) % 3 == 0,
+    tokens = t.Tokenizer(np.ones(VOCAB, np.uint16), np.arange(VOCAB) % 3 == 0,
                       np.arange(VOCAB) < 3, BOS, False, "")  # fmt: skip
     leaf = t.token_tree(text[:2_000_000], VOCAB)
     t.LogisticMixer(tokens, leaf, 8, 1).begin(BOS)
