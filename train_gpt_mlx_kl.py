@@ -83,13 +83,19 @@ SCORE_LIMIT = 80.0  # |score| <= gain * sqrt(head_dim): keeps exponentials in fl
 Event = dict[str, Any]  # what happened: a line of metrics.jsonl
 
 
-class UserError(Exception):
-    """A mistake in the user's input: printed as lines, without a traceback; exit status 2."""
+class Stop(Exception):
+    """An end that lines explain, without a traceback; `status` is the exit status."""
+
+    status = 1
+
+
+class UserError(Stop):
+    """A mistake in the user's input."""
 
     status = 2
 
 
-class AuditFailed(UserError):
+class AuditFailed(Stop):
     """A condition of a valid score that does not hold: which one, and where."""
 
     status = 3
@@ -98,10 +104,8 @@ class AuditFailed(UserError):
         return "audit failed: " + ": ".join(self.args)
 
 
-class RunFailed(UserError):
-    """A run that cannot go on, explained in a line."""
-
-    status = 1
+class RunFailed(Stop):
+    """A run that cannot go on."""
 
 
 def knob(default: Any, help: str, lo=0, hi=1e18, choices="", alias="") -> Any:
@@ -415,7 +419,7 @@ def errors_as_lines() -> Iterator[None]:
     """Print a user's mistake or interrupt, a line each, and end with its status."""
     try:
         yield
-    except (UserError, KeyboardInterrupt) as error:
+    except (Stop, KeyboardInterrupt) as error:
         for line in (str(error) or "interrupted").splitlines():
             print(f"error: {line}", file=sys.stderr)
         raise SystemExit(getattr(error, "status", 1)) from None
@@ -1743,12 +1747,16 @@ def shared_knobs(cfg: Knobs) -> dict[str, Any]:
 
 
 def model_bytes(
-    params: Arrays, groups: dict[str, Group], cfg: Knobs, tokens: Tokenizer, packed: Packed | None
+    params: Arrays,
+    groups: dict[str, Group],
+    cfg: Knobs,
+    tokens: Tokenizer,
+    packed: PackedText | None,
 ) -> bytes:
     """The model before compression: JSON header, byte table, the mixer's tree, tensors."""
     rows, blobs = pack_tensors(params, groups, cfg)
     header = {"knobs": shared_knobs(cfg), "tensors": rows}
-    header |= {"packed": [packed.tokens, packed.sha256]} if packed else {}
+    header |= {"packed": [packed.token_count, packed.sha256]} if packed else {}
     facts = ("sha256", "bos", "vocab", "dummy_prefix")
     header["tokenizer"] = {name: getattr(tokens, name) for name in facts}
     text = json.dumps(header).encode()
@@ -1760,7 +1768,7 @@ def model_bytes(
 
 def write_artifact(
     path: Path, params: Arrays, groups: dict[str, Group], cfg: Knobs, tokens: Tokenizer,
-    packed: Packed | None = None,
+    packed: PackedText | None = None,
 ) -> Event:  # fmt: skip
     """Write the compressed model, then the packed text; returns the export event."""
     model = compress(model_bytes(params, groups, cfg, tokens, packed))
@@ -1772,11 +1780,11 @@ def write_artifact(
     return export_event(path, params, packed)
 
 
-def export_event(path: Path, params: Arrays, packed: Packed | None) -> Event:
+def export_event(path: Path, params: Arrays, packed: PackedText | None) -> Event:
     """Sizes on disk, in bytes. Raises RunFailed over the limit."""
     code, model = Path(__file__).stat().st_size, path.stat().st_size
     check_size(code + model, params, "the artifact")
-    text, count = (len(packed.code), packed.tokens) if packed else (0, 0)
+    text, count = (len(packed.code), packed.token_count) if packed else (0, 0)
     return {
         "event": "export", "code_bytes": code, "model_bytes": model, "total_bytes": code + model,
         "limit_bytes": ARTIFACT_LIMIT_BYTES, "packed_bytes": text, "packed_tokens": count,
@@ -1826,11 +1834,11 @@ def estimate_memory(params: Arrays, cfg: Knobs, pieces: list[int], targets: int)
 
 
 @dataclass(frozen=True)
-class Packed:
+class PackedText:
     """Training text inside an artifact, as the logistic mixer's code; decoding it is priming."""
 
     leaf: Any  # (V,) int64: the mixer's tree, see `token_tree`
-    tokens: int
+    token_count: int
     sha256: str  # of the text's tokens, little-endian int32
     code: bytes
 
@@ -1842,7 +1850,7 @@ class Artifact:
     header: dict[str, Any]
     tokens: Tokenizer
     params: Arrays
-    packed: Packed | None
+    packed: PackedText | None
 
 
 def read_artifact(path: Path) -> Artifact:
@@ -1871,7 +1879,7 @@ def read_artifact(path: Path) -> Artifact:
     at += 3 * vocab
     if "packed" in header:
         leaf = np.frombuffer(raw, "<u2", vocab, at).astype(np.int64)
-        packed = Packed(leaf, *header["packed"], body[model_bytes:])
+        packed = PackedText(leaf, *header["packed"], body[model_bytes:])
         at += 2 * vocab
     return Artifact(header, tokens, unpack_tensors(header["tensors"], raw[at:]), packed)
 
@@ -2337,23 +2345,37 @@ def mix_hash(h, value):
     return h ^ (h >> np.uint64(29))
 
 
-class NetOnly:
-    """The scorer of MIXER=off: what the net says."""
+class ContextModel:
+    """What scores the text, each token before it learns from it; this one is the net alone.
 
-    learned = 0
+    `state` is all that scoring changes, as arrays: a copy of it is a copy of the model's past.
+    """
+
+    state: tuple[np.ndarray, ...] = ()
+
+    @property
+    def learned(self) -> int:
+        """How many tokens it has learned from."""
+        return 0
 
     def begin(self, first: int) -> None:
-        """The text's first token; the net has it from the stream."""
+        """Read the text's first token, which is not scored."""
 
-    def score(self, tokens: Any, logs: Any) -> Any:
-        """Tokens (m,), logs (m, V) -> (m, 3) nats, three times the net's."""
+    def score(self, tokens: np.ndarray, logs: np.ndarray) -> np.ndarray:
+        """Score the text's next tokens in order, and learn from each after it is scored.
+
+        tokens (m,) int, logs (m, V) float32: the net's log-probabilities -> (m, 3) float64: nats
+        per token by the net, by the contexts, by all together.
+        """
         return np.repeat(net_nats(tokens, logs)[:, None], 3, axis=1)
 
-    def save(self) -> None:
-        """There is no state."""
+    def save(self) -> tuple[np.ndarray, ...]:
+        """A copy of the state."""
+        return tuple(array.copy() for array in self.state)
 
-    def restore(self, state: None) -> None:
-        """There is no state."""
+    def restore(self, saved: tuple[np.ndarray, ...]) -> None:
+        """Go back to what `save` returned, which stays good for another time."""
+        self.state = tuple(array.copy() for array in saved)
 
 
 # ==================================================================================================
@@ -2498,7 +2520,7 @@ def mix(state, tokens, net, top, alphabet, rule, learns, adapts):
     return out
 
 
-class BackoffMixer:
+class BackoffMixer(ContextModel):
     """p_mix = (1 - a) p_net + a p_ngram; the counts and a come from the text before the token.
 
     A context reaches back to the last BOS and no further: all that lies before it, or before the
@@ -3247,7 +3269,7 @@ class Coder:
         return bytes(self.out) + bytes([int(self.state[1]) >> 24])
 
 
-class LogisticMixer:
+class LogisticMixer(ContextModel):
     """The token-bit logistic mixer: experts over exact and hashed contexts, mixed bit by bit.
 
     After Mahoney's PAQ and lpaq: adaptive probabilities, gated logistic mixing, APM stages. It
@@ -3314,15 +3336,12 @@ class LogisticMixer:
             np.copyto(mine, its)
 
 
-Scorer = LogisticMixer | BackoffMixer | NetOnly
-
-
-def new_scorer(
+def new_context_model(
     cfg: Knobs, tokens: Tokenizer, leaf: Any, capacity: int, memory_mb: int = 0
-) -> Scorer:
+) -> ContextModel:
     """MIXER's scorer for `capacity` tokens, which has seen nothing yet."""
     if cfg.mixer == "off":
-        return NetOnly()
+        return ContextModel()
     if cfg.mixer == "backoff":
         alpha = None if cfg.ngram_alpha == "auto" else float(cfg.ngram_alpha)
         order, smoothing = cfg.ngram_max_order, cfg.ngram_smoothing
@@ -3470,20 +3489,20 @@ class Packer:
         if self.error:
             raise self.error
 
-    def finish(self) -> Packed:
+    def finish(self) -> PackedText:
         """What is packed, once all is."""
         self.wait()
         digest = self.mixer.read_sha256()
-        return Packed(self.leaf, self.count, digest, self.code.finish())
+        return PackedText(self.leaf, self.count, digest, self.code.finish())
 
 
-def unpack(mixer: LogisticMixer, packed: Packed, label: str) -> None:
+def unpack(mixer: LogisticMixer, packed: PackedText, label: str) -> None:
     """Prime a mixer by decoding an artifact's text. Raises AuditFailed if it is not that text."""
     coder, show = Coder(packed.code), show_progress(label)
-    for at in range(0, packed.tokens, PACK_CHUNK):
-        size = min(PACK_CHUNK, packed.tokens - at)
+    for at in range(0, packed.token_count, PACK_CHUNK):
+        size = min(PACK_CHUNK, packed.token_count - at)
         mixer.code(np.zeros(size, np.int64), None, coder)
-        show(at + size, packed.tokens, "")
+        show(at + size, packed.token_count, "")
     if mixer.read_sha256() != packed.sha256:
         raise AuditFailed("paid text", "it does not decode to the text that was packed")
 
@@ -3578,7 +3597,7 @@ def bits_per_byte(nats: float, byte_count: int) -> float:
 
 
 def costs(
-    stream: Iterator[tuple[int, Any]], text: Any, scorer: Scorer, done: int = 0
+    stream: Iterator[tuple[int, Any]], text: Any, scorer: ContextModel, done: int = 0
 ) -> Iterator[tuple[int, Any]]:
     """Stages of the production score: the net's stream -> (first target, (m, 3) nats).
 
@@ -3696,10 +3715,10 @@ class Audit:
         nats = [part for _, part in covering(costs(parts, text, scorer), len(text) - 1)]
         return np.concatenate(nats), np.concatenate([logs for _, logs in parts])
 
-    def scorer(self, capacity: int) -> Scorer:
+    def scorer(self, capacity: int) -> ContextModel:
         """A small one that has seen nothing."""
         leaf = self.artifact.packed.leaf if self.artifact.packed else None
-        return new_scorer(self.cfg, self.artifact.tokens, leaf, capacity, AUDIT_MEMORY_MB)
+        return new_context_model(self.cfg, self.artifact.tokens, leaf, capacity, AUDIT_MEMORY_MB)
 
     def causal(self, text: Any, trace: tuple[Any, Any], at: int, rng: Any) -> None:
         """Replace target `at` and what follows: nothing before, no distribution at it, moves."""
@@ -3799,7 +3818,9 @@ class Validation:
         self.text, self.whole = load_validation(paths, self.tokens, self.cfg.val_max_tokens)
         self.part = "" if self.whole else " (PART of the text)"
 
-    def run(self, params: Arrays, mode: str, batch: int, scorer: Scorer, scored: Any = ()) -> Event:
+    def run(
+        self, params: Arrays, mode: str, batch: int, scorer: ContextModel, scored: Any = ()
+    ) -> Event:
         """Score in 'standard' (stride = window) or 'sliding' mode, `batch` windows at once.
 
         scored: parts that `costs` would yield first, if they are known already.
@@ -3822,7 +3843,7 @@ class Validation:
     def during_training(self, trainer: Trainer) -> None:
         """Score and log the averaged weights, at stride = window."""
         batch = max(self.cfg.val_batch_size // eval_length(self.cfg), 1)
-        result = self.run(trainer.average, "standard", batch, NetOnly())
+        result = self.run(trainer.average, "standard", batch, ContextModel())
         trainer.report.event({"event": "val", "step": trainer.step, **result}, VAL_LINE)
 
 
@@ -3918,8 +3939,8 @@ def export(trainer: Trainer, packer: Packer | None, tokens: Tokenizer) -> Event:
             report.line("packing goes on until its bytes or MAX_WALLCLOCK_SECONDS are used up")
         begin, packed = time.perf_counter(), packer.finish()
         seconds += time.perf_counter() - begin if cfg.max_wallclock_seconds else packer.seconds
-        report.line(f"packed {packed.tokens:,} tokens of training text into {len(packed.code):,} "
-                    f"bytes in {packer.seconds:.0f} s")  # fmt: skip
+        report.line(f"packed {packed.token_count:,} tokens of training text into "
+                    f"{len(packed.code):,} bytes in {packer.seconds:.0f} s")  # fmt: skip
     path = report.folder / "artifact.bin"
     event = write_artifact(path, trainer.average, trainer.groups, cfg, tokens, packed)
     trained = trainer.step * trainer.windows * cfg.train_seq_len
@@ -3971,12 +3992,12 @@ class Evaluation:
             raise UserError(f"{path}: its tensors do not fit its settings: {error}") from None
         self.validation = Validation(cfg, self.model, tokens, self.folder, self.workers)
 
-    def primed(self, label: str) -> Scorer:
+    def primed(self, label: str) -> ContextModel:
         """A scorer that has read the artifact's text, and nothing else."""
         packed = self.artifact.packed if self.cfg.mixer == "logistic" else None
-        leaf, paid = (packed.leaf, packed.tokens) if packed else (None, 0)
+        leaf, paid = (packed.leaf, packed.token_count) if packed else (None, 0)
         capacity = len(self.validation.text) + paid
-        scorer = new_scorer(self.cfg, self.artifact.tokens, leaf, capacity)
+        scorer = new_context_model(self.cfg, self.artifact.tokens, leaf, capacity)
         if packed:
             unpack(scorer, packed, label)
         if scorer.learned != paid:
@@ -4031,7 +4052,7 @@ def evaluate_here(channel: Any, cfg: Knobs, path: Path, folder: Path, tokenizer:
             with make_workers(cfg) as workers:
                 result = Evaluation(cfg, path, folder, workers).run(channel.recv, tokenizer)
                 channel.send({**result, "peak_memory_bytes": peak_memory()})
-        except UserError as error:
+        except Stop as error:
             channel.send(error)
 
 

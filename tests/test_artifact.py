@@ -98,7 +98,7 @@ def written(tmp_path):
     return path, params, cfg, tokens
 
 
-PACKED = t.Packed(np.random.default_rng(3).permutation(50), 7, "ab12", bytes(range(200)))
+PACKED = t.PackedText(np.random.default_rng(3).permutation(50), 7, "ab12", bytes(range(200)))
 
 
 def test_round_trip(written):
@@ -138,7 +138,7 @@ def test_packed_text_comes_back_beside_the_same_model(written):
         assert raw[50 + model_bytes :] == packed.code  # as it is: a code cannot be compressed
         read = t.read_artifact(path)
         np.testing.assert_array_equal(read.packed.leaf, packed.leaf)
-        assert (read.packed.tokens, read.packed.code) == (packed.tokens, packed.code)
+        assert (read.packed.token_count, read.packed.code) == (packed.token_count, packed.code)
         for name in ("piece_bytes", "leading", "control"):
             np.testing.assert_array_equal(getattr(read.tokens, name), getattr(tokens, name))
         assert all((read.params[n] == bare.params[n]).all() for n in params)

@@ -87,7 +87,7 @@ def audit_of(module, env):
     """The audit of an artifact in memory."""
     cfg = knobs(module, **env)
     model, params = noisy_model(module, cfg)
-    packed = module.Packed(
+    packed = module.PackedText(
         np.random.default_rng(3).permutation(VOCAB), 0, hashlib.sha256(b"").hexdigest(), b""
     )
     packed = packed if cfg.mixer == "logistic" else None
@@ -114,7 +114,7 @@ def honest_mixer(tokens, room=400):
     leaf = np.random.default_rng(3).permutation(VOCAB)
     mixer, coder = t.LogisticMixer(tokens, leaf, room + 500, 2), t.Coder()
     mixer.code(some_text(99, room).astype(np.int64), None, coder)
-    return mixer, t.Packed(leaf, room, mixer.read_sha256(), coder.finish())
+    return mixer, t.PackedText(leaf, room, mixer.read_sha256(), coder.finish())
 
 
 def fails(condition, check, *args):
@@ -281,7 +281,7 @@ def test_cheat_is_caught(tmp_path, name):
 def test_what_is_not_scored_once_is_no_score(tmp_path, name):
     module = planted(tmp_path, CHEATS[name][1])
     ours = evaluation_of(module, tmp_path, OFF)
-    args = ours.artifact.params, "sliding", 3, module.NetOnly()
+    args = ours.artifact.params, "sliding", 3, module.ContextModel()
     fails("coverage", ours.validation.run, *args)
 
 
@@ -291,7 +291,7 @@ def test_what_is_not_scored_once_is_no_score(tmp_path, name):
 PRIME = (
     "            unpack(scorer, packed, label)\n"  # its mixer has room for the text to be scored
 )
-MADE = "        scorer = new_scorer(self.cfg, self.artifact.tokens, leaf, capacity)\n"
+MADE = "        scorer = new_context_model(self.cfg, self.artifact.tokens, leaf, capacity)\n"
 
 
 def test_unpaid_text_is_caught(tmp_path):

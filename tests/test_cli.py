@@ -210,7 +210,7 @@ def test_files(plain):
     artifact = t.read_artifact(plain.folder / "artifact.bin")
     stored, packed = artifact.params, artifact.packed
     assert len(packed.code) == final(plain)["packed_bytes"]
-    assert packed.tokens == final(plain)["packed_tokens"]
+    assert packed.token_count == final(plain)["packed_tokens"]
     assert {n: w.shape for n, w in weights.items()} == {n: w.shape for n, w in stored.items()}
     assert (weights["skips"] == stored["skips"]).all()  # float32 in both
 

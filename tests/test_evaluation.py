@@ -20,7 +20,7 @@ def silent(done, total, bpb):
 
 def net_costs(stream, text):
     """The stage of MIXER=off."""
-    return t.costs(iter(stream), text, t.NetOnly())
+    return t.costs(iter(stream), text, t.ContextModel())
 
 
 def facts(seed=0):
@@ -230,7 +230,7 @@ class Learner:
         self.seen = []
 
     def score(self, tokens, logs):
-        net, out = t.NetOnly().score(tokens, logs)[:, 0], []
+        net, out = t.ContextModel().score(tokens, logs)[:, 0], []
         for token, cost in zip(tokens.tolist(), net, strict=True):
             out.append([cost, len(self.seen), sum(self.seen)])
             self.seen.append(token)
@@ -256,7 +256,7 @@ def test_what_is_scored_already_is_not_scored_again(text, done):
     scorer = Learner()
     rest = list(t.costs(iter(parts), text, scorer, done))
     assert scorer.seen == text[done + 1 :].tolist()
-    first = [(0, t.NetOnly().score(text[1 : done + 1], logs[:done]))] * (done > 0)
+    first = [(0, t.ContextModel().score(text[1 : done + 1], logs[:done]))] * (done > 0)
     rest = [(a, np.repeat(part[:, :1], 3, axis=1)) for a, part in rest]
     got = t.score(iter([*first, *rest]), text, facts(), silent)
     assert math.isclose(got["val_loss"], numpy_score(text, facts(), logs)[0], rel_tol=1e-12)

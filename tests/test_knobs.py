@@ -200,7 +200,7 @@ def test_switching_the_mixer_off_is_choosing_off():
 def test_a_weight_of_the_n_grams(alpha):
     cfg, _ = t.knobs_from_env({"PRESET": "h100", "MIXER": "backoff", "NGRAM_ALPHA": alpha})
     tokens = t.Tokenizer(t.np.ones(9, "<u2"), *t.np.zeros((2, 9), bool), 1, False, "")
-    weights = t.new_scorer(cfg, tokens, None, 5).state[4]
+    weights = t.new_context_model(cfg, tokens, None, 5).state[4]
     assert weights[0, 0, 0] / weights[0, 0, 1] == (0.25 if alpha == "auto" else float(alpha))
 
 

@@ -581,19 +581,19 @@ def test_packed_text_fits_and_is_text(vocab, budget):
     assert workers.reserved == 0
     assert len(packed.code) <= max(budget, 4)
     known = data.foreseen[data.foreseen > 0].astype(np.float64)
-    assert len(known) == packed.tokens
-    if packed.tokens:
-        assert abs(-np.log2(known).sum() / 8 - len(packed.code)) < 0.001 * packed.tokens + 8
+    assert len(known) == packed.token_count
+    if packed.token_count:
+        assert abs(-np.log2(known).sum() / 8 - len(packed.code)) < 0.001 * packed.token_count + 8
     if budget == 5000:
         assert len(packed.code) > 2000
-    m = t.LogisticMixer(facts(vocab), packed.leaf, packed.tokens + 1, 1)
+    m = t.LogisticMixer(facts(vocab), packed.leaf, packed.token_count + 1, 1)
     t.unpack(m, packed, "")
-    assert m.state.now[0] == packed.tokens
-    read = m.state.history[: packed.tokens].astype(np.uint16).tobytes()
+    assert m.state.now[0] == packed.token_count
+    read = m.state.history[: packed.token_count].astype(np.uint16).tobytes()
     whole = text.tobytes()
     for document in read.split(np.uint16(BOS).tobytes())[1:3] if vocab == 50 else []:
         assert np.uint16(BOS).tobytes() + document in whole
-    if packed.tokens:
+    if packed.token_count:
         for name in ("weights", "slots", "candidates", "history", "words"):
             mine, its = getattr(m.state, name), getattr(packer.mixer.state, name)
             assert mine.tobytes() == its[: len(mine)].tobytes(), name
@@ -603,7 +603,7 @@ def test_text_that_is_not_what_was_packed_is_caught():
     """As on a machine whose arithmetic differs in the last bit."""
     text, m, coder = some_text(900), mixer(), t.Coder()
     m.code(text, None, coder)
-    packed = t.Packed(shuffled(50), 900, m.read_sha256(), coder.finish())
+    packed = t.PackedText(shuffled(50), 900, m.read_sha256(), coder.finish())
     assert m.read_sha256() == hashlib.sha256(text.astype("<i4").tobytes()).hexdigest()
     t.unpack(mixer(), packed, "")
     other = mixer()
@@ -648,7 +648,7 @@ def packed_text(text, budget, **env):
     packer = t.Packer(data, facts(50), cfg, budget, t.Workers(1))
     packer.start(0.0)
     packed = packer.finish()
-    return packer.mixer.state.history[: packed.tokens]
+    return packer.mixer.state.history[: packed.token_count]
 
 
 @pytest.mark.parametrize("budget", [2500, 10**5])

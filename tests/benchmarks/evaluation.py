@@ -41,7 +41,7 @@ class Sides:
         shape = (*t.eval_shape(self.cfg, mode), self.cfg.eval_batch_seqs)
         return t.net_stream(self.model, self.params, self.text, shape, self.workers)
 
-    def seconds(self, stream: Iterable[tuple[int, np.ndarray]], scorer: t.Scorer) -> float:
+    def seconds(self, stream: Iterable[tuple[int, np.ndarray]], scorer: t.ContextModel) -> float:
         """What scoring a stream takes."""
         begin = time.perf_counter()
         scorer.begin(int(self.text[0]))
@@ -52,8 +52,8 @@ class Sides:
     def turn(self) -> dict[str, float]:
         """Each pass once, in seconds."""
         return {
-            "plain": self.seconds(self.stream("standard"), t.NetOnly()),
-            "sliding": self.seconds(self.stream("sliding"), t.NetOnly()),
+            "plain": self.seconds(self.stream("standard"), t.ContextModel()),
+            "sliding": self.seconds(self.stream("sliding"), t.ContextModel()),
             "mixer": self.seconds(self.rows, self.mixer),
             "together": self.seconds(t.ahead(self.stream("sliding")), self.mixer),
         }

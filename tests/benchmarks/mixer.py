@@ -35,7 +35,7 @@ def row(system: str, nats: float, val_bytes: int, seconds: float, tokens: int, *
     return {"system": system, **figures, "memory_mb": peak_mb(), **more}
 
 
-def scored(scorer: t.Scorer, val: np.ndarray, stream: Iterator) -> tuple[np.ndarray, float]:
+def scored(scorer: t.ContextModel, val: np.ndarray, stream: Iterator) -> tuple[np.ndarray, float]:
     """(nats by the net, the contexts, all; seconds) of a scorer over a stream of the net's rows."""
     begin, nats = time.perf_counter(), np.zeros(3)
     scorer.begin(int(val[0]))
@@ -83,7 +83,7 @@ def ours(tokens: t.Tokenizer, train: np.ndarray, val: np.ndarray, net: Callable 
     if net:
         mixer.restore(state)
         nats, seconds = scored(mixer, val, net())
-        alone, own_seconds = scored(t.NetOnly(), val, net())
+        alone, own_seconds = scored(t.ContextModel(), val, net())
         yield row("the net, alone", alone[0], count, own_seconds, n)
         yield row("logistic, primed, with the net", nats[2], count, seconds, n)
         nats, seconds = scored(t.LogisticMixer(tokens, leaf, len(val), memory), val, net())

@@ -43,7 +43,12 @@ def row(
     mixer.begin(int(val[0]))
     nats = mixer.code(val[1:].astype(np.int64)).sum(axis=0)
     bpb = t.bits_per_byte(nats[0], int(tokens.bytes_of(val[:-1], val[1:]).sum()))
-    return {"bytes": len(packed.code), "tokens": packed.tokens, "bpb": bpb, "s": packer.seconds}
+    return {
+        "bytes": len(packed.code),
+        "tokens": packed.token_count,
+        "bpb": bpb,
+        "s": packer.seconds,
+    }
 
 
 def main() -> None:
