@@ -18,22 +18,24 @@
 Everything is set by environment variables; `--help` lists them. The file reads top to bottom in
 the order in which data flows:
 
-    KNOBS             every setting, its default, its bounds and its help, in one table
-    BLAS              on Linux CPUs: a fast matrix product, loaded before MLX
-    DATA              tokenizer facts, shards, shuffled training windows, bigram counts
+    KNOBS             every setting, what it is for, its default, bounds and help, in one table
+    MACHINE           the allocator; a fast BLAS, loaded before MLX; the device and its memory
+    DATA              tokenizer facts, shards, shuffled training windows, the validation text
+    REPORT            a run's folder: train.log, metrics.jsonl, the lines that parsers look for
     CONTEXT FEATURES  the tokens before a position, cut at the document's start, and their hashes
     CPU KERNELS       attention and cross-entropy for a machine whose exp() is slow
     MODEL             GPT with EngramLite / BigramHash / SkipGram added to its logits
     OPTIMIZERS        a table of parameter groups; Muon and Adam
-    TRAINING          one progress, one step function, averaging, checkpoints
-    N-GRAM MIXER      exact counts of the text already scored, mixed linearly with the net
-    LOGISTIC MIXER    a token as binary decisions; experts mixed as logits; the arithmetic coder
     ARTIFACT          quantiser, file format, size rules
-    EVALUATION        each position scored exactly once; nats per token, bits per byte
+    CHECKPOINTS       a run's state on disk, from which it can go on
+    TRAINING          workers and ranks; schedules; the trainer, whose take_step is one step
+    CONTEXT MODELS    what scores a text and learns from it; the net alone is the first
+    BACKOFF           exact counts of the text so far, mixed linearly with the net
+    LOGISTIC          a token as binary decisions; experts mixed as logits; the arithmetic coder
     PACKING           training text inside the artifact, whose decoding primes the mixer
-    AUDIT             causality, normalisation, and a message that is really decoded
-    REPORT            train.log, metrics.jsonl, the lines that parsers look for
-    MAIN              the chain
+    EVALUATION        load, prime, decode the message, score each position once, total
+    AUDIT             causality, normalisation, bytes: checked through the code that scores
+    MODES             two programs that meet in files: train, and score
 """
 
 from __future__ import annotations
@@ -53,13 +55,13 @@ import json
 import lzma
 import math
 import mmap
-import multiprocessing
 import operator
 import os
 import platform
 import queue
 import re
 import resource
+import shlex
 import shutil
 import signal
 import struct
@@ -68,11 +70,11 @@ import sys
 import threading
 import time
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, get_type_hints
+from typing import Any, NamedTuple
 
 # ==================================================================================================
 # KNOBS: every setting is an environment variable with the upper-case name of its field
@@ -108,134 +110,125 @@ class RunFailed(Stop):
     """A run that cannot go on."""
 
 
-def knob(default: Any, help: str, lo=0, hi=1e18, choices="", alias="") -> Any:
-    """One row of the table; `alias` is an older public name."""
-    meta = {"help": help, "lo": lo, "hi": hi, "choices": choices.split(), "alias": alias}
-    return dataclasses.field(default=default, metadata=meta)
+SCOPES = {  # what a knob is for
+    "run": "where, how long and how chattily a run takes place; RESUME may change it",
+    "data": "which text; its content counts, not its path",
+    "train": "which net a run ends with; an artifact keeps it, RESUME refuses a change",
+    "model": "what an artifact's numbers mean; RESUME and EVAL_ONLY refuse a change",
+    "eval": "how a text is scored; an artifact keeps it, RESUME and EVAL_ONLY may change it",
+}
+KEPT_SCOPES = ("train", "model", "eval")  # those of the settings in an artifact's header
+
+
+def knob(default: Any, help: str, scope: str, lo=0, hi=1e18, choices="", alias="", needs="") -> Any:
+    """One row of the table. alias: an older public name; needs: the setting that it has to do with.
+
+    Where the knob that `needs` names has another value, this one has no effect.
+    """
+    assert scope in SCOPES, f"{help}: no scope {scope}"
+    meta = {"help": help, "scope": scope, "lo": lo, "hi": hi, "choices": choices.split()}
+    return dataclasses.field(default=default, metadata={**meta, "alias": alias, "needs": needs})
 
 
 @dataclass(frozen=True)
 class Knobs:
     """The settings of a run. Defaults are the public stack's; PRESET changes some (see PRESETS)."""
 
-    preset: str = knob(
-        "auto",
-        "settings for what the environment leaves unset; auto: cpu on a CPU, else mac",
-        choices="auto cpu mac h100 baseline",
-    )
-    run_id: str = knob("", "name of the run's folder; empty: the date, the time and the seed")
-    out_dir: str = knob("logs", "folder that holds the runs' folders")
-    seed: int = knob(1337, "seed of weights and data order", hi=2**31 - 1)
-    eval_only: str = knob("", "path of an artifact: score it, train nothing")
-    resume: bool = knob(False, "go on from OUT_DIR/RUN_ID/checkpoint")
-    checkpoint_every: int = knob(0, "steps between checkpoints; 0: when a run is cut short")
-    device: str = knob("auto", "where MLX computes", choices="auto cpu gpu")
-    compute_dtype: str = knob(
-        "auto",
-        "dtype of the forward pass; auto: float32 on CPUs, bfloat16 on GPUs (weights: float32)",
-        choices="auto float32 bfloat16",
-    )
-    blas: str = knob("auto", "Linux CPUs: path of an OpenBLAS, `auto`, or `none` for MLX's own")
-    workers: int = knob(0, "CPU streams that share a step; 0: one a core", hi=256)
+    preset: str = knob("auto", "values of what is left unset; auto: cpu on a CPU, else mac", "run",
+                       choices="auto cpu mac h100 baseline")  # fmt: skip
+    run_id: str = knob("", "name of the run's folder; empty: date, time and seed", "run")
+    out_dir: str = knob("logs", "folder that holds the runs' folders", "run")
+    eval_only: str = knob("", "path of an artifact: score it, train nothing", "run")
+    resume: bool = knob(False, "go on from OUT_DIR/RUN_ID/checkpoint", "run")
+    checkpoint_every: int = knob(0, "steps between checkpoints; 0: when a run is cut short", "run")
+    device: str = knob("auto", "where MLX computes", "run", choices="auto cpu gpu")
+    compute_dtype: str = knob("auto", "the forward pass's; auto: float32 on CPUs, bfloat16 on GPUs",
+                              "run", choices="auto float32 bfloat16")  # fmt: skip
+    blas: str = knob("auto", "Linux CPUs: path of an OpenBLAS, auto, or none for MLX's own", "run")
+    workers: int = knob(0, "CPU streams that share a step; 0: one per core", "run", hi=256)
+    iterations: int = knob(20_000, "steps at most; 0: no limit", "run")
+    max_wallclock_seconds: float = knob(600.0, "seconds of training at most; 0: no limit", "run")
+    warmup_steps: int = knob(20, "steps run and thrown away before the clock starts", "run")
+    warmdown_iters: int = knob(3500, "last steps, over which the learning rate falls to 0", "run")
+    train_log_every: int = knob(200, "steps between train lines; 0: none", "run")
+    grad_accum_steps: int = knob(8, "microbatches per step and worker, at least", "run", lo=1)
+    mlx_max_microbatch_tokens: int = knob(8192, "tokens per microbatch, at most", "run", lo=1)
+    mlx_eager_eval: bool = knob(True, "one worker: compute each microbatch before the next", "run")
+    logit_chunk_tokens: int = knob(0, "tokens per pass of the vocabulary head; 0: all", "run")
 
-    data_path: str = knob("", "folder of *_train_*.bin and *_val_*.bin; empty: FineWeb or stdlib")
-    tokenizer_path: str = knob("", "SentencePiece .model file; empty: the one that fits DATA_PATH")
-    vocab_size: int = knob(0, "must equal the tokenizer's; 0: take the tokenizer's", hi=65536)
+    data_path: str = knob("", "folder of *_{train,val}_*.bin; empty: FineWeb or stdlib", "data")
+    tokenizer_path: str = knob("", "SentencePiece .model; empty: what fits DATA_PATH", "data")
+    vocab_size: int = knob(0, "pieces; 0: what the tokenizer has", "data", hi=65536)
 
-    iterations: int = knob(20_000, "steps at most; 0: no limit")
-    max_wallclock_seconds: float = knob(600.0, "seconds of training at most; 0: no limit")
-    train_batch_tokens: int = knob(524_288, "tokens a step", lo=1)
-    grad_accum_steps: int = knob(8, "rounds of a microbatch a worker a step, at least", lo=1)
-    train_seq_len: int = knob(1024, "tokens a training window", lo=2, alias="TRAIN_MAX_SEQ_LEN")
-    mlx_max_microbatch_tokens: int = knob(8192, "tokens a microbatch at most: memory", lo=1)
-    mlx_eager_eval: bool = knob(
-        True, "one worker: evaluate after each microbatch, which saves memory"
-    )
-    warmup_steps: int = knob(20, "steps run and thrown away before the clock starts")
-    warmdown_iters: int = knob(3500, "last steps, over which the learning rate falls to 0")
-    train_log_every: int = knob(200, "steps between train lines; 0: none")
-    complement_alpha: float = knob(0.5, "loss weight 1 - a * P(target) of COMPLEMENT_BY", hi=1)
-    complement_by: str = knob(
-        "contexts",
-        "the logistic mixer's contexts, for the tokens that they have packed; else counts of pairs",
-        choices="contexts bigram",
-    )
+    seed: int = knob(1337, "seed of weights and data order", "train", hi=2**31 - 1)
+    train_batch_tokens: int = knob(524_288, "tokens per step", "train", lo=1)
+    train_seq_len: int = knob(1024, "tokens per window", "train", lo=2, alias="TRAIN_MAX_SEQ_LEN")
+    complement_alpha: float = knob(0.5, "a: loss weights 1 - a * P(target | token)", "train", hi=1)
+    tied_embed_init_std: float = knob(0.005, "std of the token embedding at start", "train")
+    qk_gain_init: float = knob(1.5, "factor on the normalised queries at start", "train", hi=10)
+    use_ortho_init: bool = knob(True, "orthogonal block matrices at start", "train")
+    tied_embed_lr: float = knob(0.05, "Adam: token embedding", "train", hi=1e30)
+    matrix_lr: float = knob(0.04, "Muon: block matrices", "train", hi=1e30)
+    scalar_lr: float = knob(0.04, "Adam: gains, gates, scales", "train", hi=1e30)
+    hash_lr: float = knob(0.05, "Adam: hash tables", "train", hi=1e30)
+    hash_proj_lr: float = knob(0.01, "Adam: EngramLite's map to the vocabulary", "train", hi=100)
+    beta1: float = knob(0.9, "Adam: decay of the first moment", "train", hi=0.9999)
+    beta2: float = knob(0.95, "Adam: decay of the second moment", "train", hi=0.99999)
+    adam_eps: float = knob(1e-8, "Adam: epsilon", "train", lo=1e-20, hi=1)
+    adam_weight_decay: float = knob(0.0, "Adam: decoupled, of embeddings and tables", "train")
+    muon_momentum: float = knob(0.95, "Muon: momentum", "train", hi=0.9999)
+    muon_backend_steps: int = knob(5, "Muon: Newton-Schulz steps", "train", lo=1, hi=20)
+    muon_momentum_warmup_start: float = knob(0.85, "Muon: momentum at step 0", "train", hi=0.9999)
+    muon_momentum_warmup_steps: int = knob(500, "Muon: steps until the full momentum", "train")
+    muon_weight_decay: float = knob(0.0, "Muon: decoupled, times the learning rate", "train")
+    grad_clip_norm: float = knob(0.0, "largest norm of a step's gradient; 0: any", "train")
+    ema_decay: float = knob(0.997, "EMA of the weights, per step; 0: none", "train", hi=0.99999)
+    ema_start_frac: float = knob(0.5, "progress at which averaging starts", "train", hi=1)
+    use_swa: bool = knob(False, "the plain mean from EMA_START_FRAC on, in EMA's place", "train")
+    weight_bits: int = knob(6, "bits of block matrices and hash tables", "train", lo=4, hi=8)
+    embed_bits: int = knob(8, "bits of the token embedding", "train", lo=4, hi=8)
+    use_gptq_lite: bool = knob(True, "search each row's clip for the least squared error", "train")
+    late_qat_threshold: float = knob(0.0, "train quantised below this LR factor", "train", hi=1)
+    pack_text_bytes: int = knob(-1, "bytes of packed text; -1: all that is left", "train", lo=-1,
+                                needs="MIXER=logistic")  # fmt: skip
 
-    num_layers: int = knob(11, "transformer blocks", lo=1, hi=96)
-    model_dim: int = knob(512, "width D", lo=8, hi=8192)
-    num_heads: int = knob(8, "query heads H", lo=1)
-    num_kv_heads: int = knob(4, "key/value heads Hkv", lo=1)
-    mlp_mult: int = knob(3, "hidden width of the MLP / D", lo=1, hi=16)
-    mlp_leak: float = knob(0.5, "slope below 0 before squaring; 0: relu squared", hi=1)
-    tied_embed_init_std: float = knob(0.005, "std of the token embedding at start")
-    logit_softcap: float = knob(30.0, "logits are cap * tanh(logits / cap)", lo=1, hi=40)
-    logit_chunk_tokens: int = knob(0, "tokens a piece of the vocabulary head; 0: all")
-    rope_base: float = knob(10_000.0, "RoPE base", lo=1)
-    rope_dims: int = knob(16, "head dimensions that rotate; 0: all")
-    qk_gain_init: float = knob(1.5, "factor on the normalised queries at start", hi=10)
-    xsa_last_n: int = knob(4, "last blocks whose attention drops its own value's direction")
-    ln_scale_enabled: bool = knob(True, "block i's norms times 1/sqrt(i + 1)", alias="USE_LN_SCALE")
-    use_ortho_init: bool = knob(True, "orthogonal block matrices at start")
-    use_smeargate: bool = knob(True, "embeddings blend with the one before", alias="SMEAR_ENABLED")
+    num_layers: int = knob(11, "transformer blocks", "model", lo=1, hi=96)
+    model_dim: int = knob(512, "width D", "model", lo=8, hi=8192)
+    num_heads: int = knob(8, "query heads H", "model", lo=1)
+    num_kv_heads: int = knob(4, "key/value heads Hkv", "model", lo=1)
+    mlp_mult: int = knob(3, "hidden width of the MLP / D", "model", lo=1, hi=16)
+    mlp_leak: float = knob(0.5, "slope below 0 before squaring; 0: relu squared", "model", hi=1)
+    logit_softcap: float = knob(30.0, "logits are cap * tanh(logits / cap)", "model", lo=1, hi=40)
+    rope_base: float = knob(10_000.0, "RoPE base", "model", lo=1)
+    rope_dims: int = knob(16, "head dimensions that rotate; 0: all", "model")
+    xsa_last_n: int = knob(4, "last blocks whose attention drops its value's direction", "model")
+    ln_scale_enabled: bool = knob(True, "block i's norms times 1/sqrt(i + 1)", "model",
+                                  alias="USE_LN_SCALE")  # fmt: skip
+    use_smeargate: bool = knob(True, "blend with the token before", "model", alias="SMEAR_ENABLED")
+    engram_lite_enabled: bool = knob(True, "EngramLite; 0: BigramHash instead", "model")
+    engram_hash_size: int = knob(8192, "rows per table; 0: off", "model", hi=65536)
+    engram_embed_dim: int = knob(256, "columns per table", "model", lo=1, hi=4096)
+    engram_n_heads: int = knob(2, "tables per order", "model", lo=1, hi=16)
+    bigram_hash_size: int = knob(4096, "rows of BigramHash's table; 0: off", "model", hi=65536)
+    skipgram_hash_size: int = knob(0, "rows of SkipGram's table; 0: off", "model", hi=65536)
+    mixer_memory_mb: int = knob(1950, "MiB of the context models' tables", "model", lo=1,
+                                hi=1 << 15, needs="MIXER=logistic")  # fmt: skip
 
-    engram_lite_enabled: bool = knob(True, "EngramLite; 0: BigramHash instead")
-    engram_hash_size: int = knob(8192, "rows a table; 0: off", hi=65536)
-    engram_embed_dim: int = knob(256, "columns a table", lo=1, hi=4096)
-    engram_n_heads: int = knob(2, "tables an order", lo=1, hi=16)
-    bigram_hash_size: int = knob(4096, "rows of BigramHash's table; 0: off", hi=65536)
-    skipgram_hash_size: int = knob(0, "rows of SkipGram's table; 0: off", hi=65536)
+    mixer: str = knob("logistic", "context models", "eval", choices="logistic backoff off")
+    ngram_mixer_enabled: bool = knob(True, "0 is the same as MIXER=off", "eval")
+    ngram_max_order: int = knob(4, "tokens per context", "eval", lo=1, hi=8, needs="MIXER=backoff")
+    ngram_alpha: str = knob("0.25", "n-grams' weight; auto: learned", "eval", needs="MIXER=backoff")
+    ngram_smoothing: str = knob("kneser-ney", "smoothing of counts", "eval",
+                                choices="kneser-ney laplace", needs="MIXER=backoff")  # fmt: skip
+    audit: bool = knob(True, "prove the score: causal, normalised, decodable", "eval")
+    val_loss_every: int = knob(0, "steps between validations while training; 0: none", "eval")
+    val_batch_size: int = knob(16_384, "tokens per batch of those validations", "eval", lo=1)
+    val_max_tokens: int = knob(0, "score to the last document's end in so many; 0: all", "eval")
+    eval_mode: str = knob("sliding", "the final score", "eval", choices="standard sliding both")
+    eval_seq_len: int = knob(0, "tokens per window; 0: TRAIN_SEQ_LEN", "eval")
+    eval_stride: int = knob(64, "tokens that a sliding window advances, at most", "eval", lo=1)
+    eval_batch_seqs: int = knob(16, "windows per batch", "eval", lo=1)
 
-    tied_embed_lr: float = knob(0.05, "Adam: token embedding", hi=1e30)
-    matrix_lr: float = knob(0.04, "Muon: block matrices", hi=1e30)
-    scalar_lr: float = knob(0.04, "Adam: gains, gates, scales", hi=1e30)
-    hash_lr: float = knob(0.05, "Adam: hash tables", hi=1e30)
-    hash_proj_lr: float = knob(0.01, "Adam: EngramLite's projection to the vocabulary", hi=100)
-    beta1: float = knob(0.9, "Adam: decay of the first moment", hi=0.9999)
-    beta2: float = knob(0.95, "Adam: decay of the second moment", hi=0.99999)
-    adam_eps: float = knob(1e-8, "Adam: epsilon", lo=1e-20, hi=1)
-    muon_momentum: float = knob(0.95, "Muon: momentum", hi=0.9999)
-    muon_backend_steps: int = knob(5, "Muon: Newton-Schulz steps", lo=1, hi=20)
-    muon_momentum_warmup_start: float = knob(0.85, "Muon: momentum at step 0", hi=0.9999)
-    muon_momentum_warmup_steps: int = knob(500, "Muon: steps until the full momentum")
-    muon_weight_decay: float = knob(0.0, "Muon: decoupled decay, times the learning rate")
-    adam_weight_decay: float = knob(0.0, "Adam: the same for embeddings and tables")
-    grad_clip_norm: float = knob(0.0, "largest norm of a step's gradient; 0: any")
-
-    ema_decay: float = knob(0.997, "EMA of the weights, a step; 0: none", hi=0.99999)
-    ema_start_frac: float = knob(0.5, "progress at which averaging starts", hi=1)
-    use_swa: bool = knob(False, "the plain mean from EMA_START_FRAC on, in EMA's place")
-
-    weight_bits: int = knob(6, "bits of block matrices and hash tables", lo=4, hi=8)
-    embed_bits: int = knob(8, "bits of the token embedding", lo=4, hi=8)
-    use_gptq_lite: bool = knob(True, "search each row's clip for the least squared error")
-    late_qat_threshold: float = knob(0.0, "train quantised below this LR factor", hi=1)
-
-    mixer: str = knob("logistic", "context models at evaluation", choices="logistic backoff off")
-    ngram_mixer_enabled: bool = knob(True, "0 is the same as MIXER=off")
-    mixer_memory_mb: int = knob(1950, "logistic: MiB of tables", lo=1, hi=1 << 15)
-    pack_text_bytes: int = knob(-1, "logistic: bytes of packed text; -1: all that is left", lo=-1)
-    ngram_max_order: int = knob(4, "backoff: tokens of the longest context", lo=1, hi=8)
-    ngram_alpha: str = knob("0.25", "backoff: the n-gram model's weight, or `auto`: learned")
-    ngram_smoothing: str = knob(
-        "kneser-ney", "backoff: smoothing", choices="kneser-ney witten-bell laplace"
-    )
-    audit: bool = knob(True, "prove the score: causal, normalised, decodable")
-
-    val_loss_every: int = knob(0, "steps between validations while training; 0: none")
-    val_batch_size: int = knob(16_384, "tokens a batch of those validations", lo=1)
-    val_max_tokens: int = knob(0, "score up to the last document's end in these; 0: all")
-    eval_mode: str = knob("sliding", "the final score", choices="standard sliding both")
-    eval_seq_len: int = knob(0, "tokens a window; 0: TRAIN_SEQ_LEN")
-    eval_stride: int = knob(64, "tokens a sliding window advances, at most", lo=1)
-    eval_batch_seqs: int = knob(16, "windows a batch", lo=1)
-
-
-GROUP_TITLES = {
-    "preset": "Run", "data_path": "Data", "iterations": "Training", "num_layers": "Model",
-    "engram_lite_enabled": "Hashed contexts", "tied_embed_lr": "Optimizers",
-    "ema_decay": "Averaging", "weight_bits": "Artifact", "mixer": "Context models",
-    "val_loss_every": "Evaluation",
-}  # fmt: skip
 
 PRESETS = {
     "cpu": """ITERATIONS=1000000 MAX_WALLCLOCK_SECONDS=110 TRAIN_BATCH_TOKENS=2048
@@ -255,22 +248,30 @@ PRESETS = {
         EVAL_MODE=standard""",
 }
 
-MIXER_KNOBS = {
-    "logistic": ("mixer_memory_mb", "pack_text_bytes", "complement_by"),
-    "backoff": ("ngram_max_order", "ngram_alpha", "ngram_smoothing"),
-}
-
 REMOVED = (
     ("TTT_", "test-time training is not part of this script"),
     ("SWA_", "SWA is the plain mean from EMA_START_FRAC on: use USE_SWA=1 and EMA_START_FRAC"),
     ("TIE_EMBEDDINGS", "embeddings are always tied"),
     ("CONTROL_TENSOR_NAME_PATTERNS", "the GROUPS table in the script says what is quantised"),
     ("INT8_KEEP_FLOAT", "WEIGHT_BITS and EMBED_BITS set the precision"),
+    ("COMPLEMENT_BY", "weights come from pairs of tokens; the mixer's contexts gained 0.0005 BPB"),
 )
 
 
-def parse_value(kind: type, meta: dict[str, Any], text: str) -> Any:
+def knobs_of(cfg: Knobs, *scopes: str) -> dict[str, Any]:
+    """The settings of these scopes, by field name."""
+    fields = dataclasses.fields(Knobs)
+    return {f.name: getattr(cfg, f.name) for f in fields if f.metadata["scope"] in scopes}
+
+
+def as_text(value: Any) -> str:
+    """A knob's value as an environment variable says it."""
+    return str(int(value) if isinstance(value, bool) else value)
+
+
+def parse_value(field: dataclasses.Field, text: str) -> Any:
     """Text of an environment variable -> value; ValueError says what would be right."""
+    kind, meta = type(field.default), field.metadata
     choices = ["0", "1"] if kind is bool else meta["choices"]
     if choices and text not in choices:
         raise ValueError("must be one of " + ", ".join(choices))
@@ -285,24 +286,14 @@ def parse_value(kind: type, meta: dict[str, Any], text: str) -> Any:
     return value
 
 
-def guess_device(choice: str) -> str:
-    """'cpu' or 'gpu', without loading MLX: Metal on Apple Silicon, CUDA where its wheel is."""
-    if choice != "auto":
-        return choice
-    if sys.platform == "darwin":
-        return "gpu" if platform.machine() == "arm64" else "cpu"
-    names = (d.metadata["Name"] or "" for d in importlib.metadata.distributions())
-    return "gpu" if any(name.lower().startswith("mlx-cuda") for name in names) else "cpu"
-
-
 def parse_env(env: dict[str, str]) -> tuple[dict[str, Any], list[str]]:
     """Variables that name a knob or its alias -> (values by field name, problems)."""
-    kinds, values, problems = get_type_hints(Knobs), {}, []
+    values, problems = {}, []
     for field in dataclasses.fields(Knobs):
         for name in (field.metadata["alias"], field.name.upper()):  # the later one is stronger
             if env.get(name):
                 try:
-                    values[field.name] = parse_value(kinds[field.name], field.metadata, env[name])
+                    values[field.name] = parse_value(field, env[name])
                 except ValueError as error:
                     problems.append(f"{name}={env[name]}: {error}")
     return values, problems
@@ -313,6 +304,16 @@ def preset_values(preset: str) -> dict[str, Any]:
     return parse_env(dict(pair.split("=") for pair in PRESETS[preset].split()))[0]
 
 
+def guess_device(choice: str) -> str:
+    """'cpu' or 'gpu', without loading MLX: Metal on Apple Silicon, CUDA where its wheel is."""
+    if choice != "auto":
+        return choice
+    if sys.platform == "darwin":
+        return "gpu" if platform.machine() == "arm64" else "cpu"
+    names = (d.metadata["Name"] or "" for d in importlib.metadata.distributions())
+    return "gpu" if any(name.lower().startswith("mlx-cuda") for name in names) else "cpu"
+
+
 def check_names(env: dict[str, str]) -> tuple[list[str], list[str]]:
     """Variables that name no knob -> (problems: public names not kept, warnings: misspellings)."""
     fields = dataclasses.fields(Knobs)
@@ -321,34 +322,49 @@ def check_names(env: dict[str, str]) -> tuple[list[str], list[str]]:
     for name in sorted(set(env) - set(names)):
         reasons = [why for prefix, why in REMOVED if name.startswith(prefix)]
         problems += [f"{name}: not a setting here: {why}; unset it" for why in reasons]
-        near = difflib.get_close_matches(name, names, n=1, cutoff=0.88)
+        near = [] if reasons else difflib.get_close_matches(name, names, n=1, cutoff=0.88)
         warnings += [f"{name} is not a setting; did you mean {known}?" for known in near]
     return problems, warnings
 
 
-def knobs_from_env(env: dict[str, str], base: Any = None) -> tuple[Knobs, list[str]]:
+def knobs_from_env(
+    env: dict[str, str], kept: dict[str, str] | None = None
+) -> tuple[Knobs, list[str]]:
     """Environment -> (knobs, warnings). Raises UserError with every problem, a line each.
 
-    `base`, values by field name, takes the preset's place: the settings of an artifact.
+    `kept`, the settings of an artifact as an environment would have them, takes the preset's place.
     """
-    (given, problems), (unknown, warnings) = parse_env(env), check_names(env)
+    (given, problems), (unknown, warnings) = parse_env({**(kept or {}), **env}), check_names(env)
     preset = given.pop("preset", "auto")
     if preset == "auto":
         preset = "cpu" if guess_device(given.get("device", "auto")) == "cpu" else "mac"
-    cfg = Knobs(**{"preset": preset, **(base or preset_values(preset)), **given})
+    cfg = Knobs(**{"preset": preset, **(preset_values(preset) if kept is None else {}), **given})
     if not cfg.ngram_mixer_enabled:
         if given.get("mixer", "off") != "off":
             warnings.append(f"MIXER={cfg.mixer} has no effect with NGRAM_MIXER_ENABLED=0")
         cfg = dataclasses.replace(cfg, mixer="off", ngram_mixer_enabled=True)
-    for mixer, names in MIXER_KNOBS.items():
-        idle = [name for name in names if name in given and cfg.mixer != mixer]
-        warnings += [f"{name.upper()} has no effect with MIXER={cfg.mixer}" for name in idle]
-    if "complement_by" in given and not cfg.complement_alpha:
-        warnings.append("COMPLEMENT_BY has no effect with COMPLEMENT_ALPHA=0")
+    for field in dataclasses.fields(Knobs):
+        need, _, value = field.metadata["needs"].partition("=")
+        if need and field.name.upper() in env and getattr(cfg, need.lower()) != value:
+            has = getattr(cfg, need.lower())
+            warnings.append(f"{field.name.upper()} has no effect with {need}={has}")
     problems += unknown + check_together(cfg)
     if problems:
         raise UserError("\n".join(problems))
     return cfg, warnings
+
+
+def check_kept(kept: dict[str, str], path: Path) -> None:
+    """Raises UserError unless the settings in an artifact's header are what this script keeps."""
+    values, problems = parse_env({name: str(value) for name, value in kept.items()})
+    names = {name.upper() for name in knobs_of(Knobs(), *KEPT_SCOPES)}
+    strange = [name for name, value in kept.items() if name not in names or value == ""]
+    problems += [
+        f"{name}: this script keeps none: use the one that made the file" for name in strange
+    ]
+    problems = problems or check_together(Knobs(**values))
+    if problems:
+        raise UserError("\n".join(f"{path}: {problem}" for problem in problems))
 
 
 def check_together(cfg: Knobs) -> list[str]:
@@ -356,62 +372,47 @@ def check_together(cfg: Knobs) -> list[str]:
     head = cfg.model_dim // cfg.num_heads
     gain = SCORE_LIMIT / max(head, 1) ** 0.5
     rules = {
-        f"MODEL_DIM={cfg.model_dim} must be an even multiple of NUM_HEADS={cfg.num_heads}":
+        "MODEL_DIM={model_dim} must be an even multiple of NUM_HEADS={num_heads}":
             cfg.model_dim % (2 * cfg.num_heads) == 0,
-        f"NUM_HEADS={cfg.num_heads} must be a multiple of NUM_KV_HEADS={cfg.num_kv_heads}":
+        "NUM_HEADS={num_heads} must be a multiple of NUM_KV_HEADS={num_kv_heads}":
             cfg.num_heads % cfg.num_kv_heads == 0,
-        f"ROPE_DIMS={cfg.rope_dims} must be even, at most MODEL_DIM / NUM_HEADS = {head}":
+        f"ROPE_DIMS={{rope_dims}} must be even, at most MODEL_DIM / NUM_HEADS = {head}":
             cfg.rope_dims % 2 == 0 and cfg.rope_dims <= head,
-        f"TRAIN_BATCH_TOKENS={cfg.train_batch_tokens} holds no window of TRAIN_SEQ_LEN="
-        f"{cfg.train_seq_len}: raise the first or lower the second":
+        f"QK_GAIN_INIT={{qk_gain_init}} must be at most {gain:.2f} for heads of {head}":
+            cfg.qk_gain_init <= gain,
+        "TRAIN_BATCH_TOKENS={train_batch_tokens} holds no window of TRAIN_SEQ_LEN={train_seq_len}":
             cfg.train_batch_tokens >= cfg.train_seq_len,
         "ITERATIONS=0 and MAX_WALLCLOCK_SECONDS=0 together never stop: set one":
             cfg.iterations > 0 or cfg.max_wallclock_seconds > 0,
-        f"RUN_ID={cfg.run_id}: use letters, digits and . _ + = -, the first no sign":
-            not cfg.run_id or re.fullmatch(r"\w[\w.+=-]*", cfg.run_id) is not None,
-        "RESUME=1 needs RUN_ID: which run should go on?": bool(cfg.run_id) or not cfg.resume,
-        f"QK_GAIN_INIT={cfg.qk_gain_init} must be at most {gain:.2f} for heads of {head}":
-            cfg.qk_gain_init <= gain,
-        f"NGRAM_ALPHA={cfg.ngram_alpha}: must be from 0 to 1, or auto":
-            re.fullmatch(r"auto|0|1|0?\.\d+|[01]\.0*", cfg.ngram_alpha) is not None,
+        "RUN_ID={run_id}: use letters, digits and . _ + = -, the first no sign":
+            re.fullmatch(r"(\w[\w.+=-]*)?", cfg.run_id),
+        "RESUME=1 needs RUN_ID: which run should go on?": cfg.run_id or not cfg.resume,
+        "NGRAM_ALPHA={ngram_alpha}: must be from 0 to 1, or auto":
+            re.fullmatch(r"auto|0|1|0?\.\d+|[01]\.0*", cfg.ngram_alpha),
     }  # fmt: skip
-    return [problem for problem, holds in rules.items() if not holds]
+    return [rule.format(**vars(cfg)) for rule, holds in rules.items() if not holds]
 
 
-def eval_length(cfg: Knobs) -> int:
-    """Tokens a window at evaluation."""
-    return cfg.eval_seq_len or cfg.train_seq_len
-
-
-def eval_shape(cfg: Knobs, mode: str) -> tuple[int, int]:
-    """(tokens a window, tokens from one window to the next) of an EVAL_MODE."""
-    length = eval_length(cfg)
+def eval_shape(cfg: Knobs, mode: str = "standard") -> tuple[int, int]:
+    """(tokens per window, tokens from one window to the next) of an EVAL_MODE."""
+    length = cfg.eval_seq_len or cfg.train_seq_len
     return length, length if mode == "standard" else min(cfg.eval_stride, length)
 
 
 def knob_table(title: str, row: str) -> str:
-    """All knobs, in the formats of a group's title and of a knob's row."""
+    """All knobs by scope, in the formats of a scope's title and of a knob's row."""
 
-    def show(value: Any) -> str:
-        return str(int(value) if isinstance(value, bool) else value) or "empty"
-
-    presets, lines = {name: preset_values(name) for name in PRESETS}, []
+    presets, rows = {name: preset_values(name) for name in PRESETS}, {s: [] for s in SCOPES}
     for field in dataclasses.fields(Knobs):
         name, meta = field.name, field.metadata
-        differ = [f"{p} {show(values[name])}" for p, values in presets.items() if name in values]
+        differ = [f"{p} {as_text(values[name])}" for p, values in presets.items() if name in values]
         help = meta["help"] + (f" ({', '.join(meta['choices'])})" if meta["choices"] else "")
         help += f" [alias {meta['alias']}]" if meta["alias"] else ""
-        default = "; ".join([show(field.default), *differ])
-        lines += [title.format(GROUP_TITLES[name])] if name in GROUP_TITLES else []
-        lines.append(row.format(name=name.upper(), default=default, help=help))
-    return "\n".join(lines)
-
-
-def help_text() -> str:
-    """The text of `--help`."""
-    usage = "usage: [NAME=value ...] python train_gpt_mlx_kl.py"
-    table = knob_table("\n{}", "  {name:<28} {help} [{default}]")
-    return "\n".join([__doc__.split("\n\n")[0], "", usage, table])
+        help += f" [needs {meta['needs']}]" if meta["needs"] else ""
+        default = "; ".join([as_text(field.default) or "empty", *differ])
+        rows[meta["scope"]].append(row.format(name=name.upper(), default=default, help=help))
+    titles = {scope: title.format(f"{scope.title()}: {what}") for scope, what in SCOPES.items()}
+    return "\n".join(line for scope in SCOPES for line in (titles[scope], *rows[scope]))
 
 
 @contextlib.contextmanager
@@ -427,7 +428,9 @@ def errors_as_lines() -> Iterator[None]:
 
 if __name__ == "__main__":  # help and bad settings come before anything heavy is loaded
     if {"-h", "--help"} & set(sys.argv):
-        print(help_text())
+        usage = "usage: [NAME=value ...] python train_gpt_mlx_kl.py"
+        table = knob_table("\n{}", "  {name:<28} {help} [{default}]")
+        print(f"{(__doc__ or '').split(chr(10))[0]}\n\n{usage}\n{table}")
         raise SystemExit(0)
     with errors_as_lines():
         if sys.argv[1:]:
@@ -531,6 +534,21 @@ BLAS_NAME = use_blas(BLAS)
 Array, Arrays = mx.array, dict[str, mx.array]
 
 
+SCRIPT = Path(__file__).resolve()
+HERE = SCRIPT.parent
+
+
+@functools.cache
+def source() -> bytes:
+    """The script's bytes as they are when a run begins: people edit the file while it trains."""
+    return SCRIPT.read_bytes()
+
+
+def script_unchanged() -> bool:
+    """Whether the script is still what `source` says."""
+    return SCRIPT.is_file() and SCRIPT.read_bytes() == source()
+
+
 def on_cpu() -> bool:
     """Whether MLX computes on a CPU."""
     return mx.default_device().type == mx.DeviceType.cpu
@@ -560,6 +578,21 @@ def use_device(cfg: Knobs) -> None:
         mx.set_default_device(device)
 
 
+def machine_kind() -> str:
+    """The system, its architecture, and where MLX computes."""
+    return f"{platform.system()} {platform.machine()} {'cpu' if on_cpu() else 'gpu'}"
+
+
+def processor_name() -> str:
+    """The processor that MLX computes on, as far as it can be told; '' else."""
+    if not on_cpu():
+        return str(mx.device_info().get("device_name", ""))
+    facts = Path("/proc/cpuinfo")
+    lines = facts.read_text().splitlines() if facts.is_file() else []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor())
+
+
 def compute_dtype(cfg: Knobs) -> str:
     """Name of the forward pass's dtype. On a CPU only float32 reaches the BLAS and the kernels."""
     if on_cpu() and cfg.compute_dtype == "bfloat16":
@@ -573,7 +606,6 @@ def compute_dtype(cfg: Knobs) -> str:
 # DATA: tokenizer facts, shards, shuffled training windows, bigram counts
 # ==================================================================================================
 
-HERE = Path(__file__).resolve().parent
 SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER_INTS = 20240520, 1, 256
 
 
@@ -586,9 +618,9 @@ class Tokenizer:
     control (V,) bool: control, unknown or unused: no bytes, and no space after it is decoded
     """
 
-    piece_bytes: Any
-    leading: Any
-    control: Any
+    piece_bytes: np.ndarray
+    leading: np.ndarray
+    control: np.ndarray
     bos: int
     dummy_prefix: bool
     sha256: str
@@ -597,7 +629,7 @@ class Tokenizer:
     def vocab(self) -> int:
         return len(self.piece_bytes)
 
-    def bytes_of(self, previous: Any, current: Any) -> Any:
+    def bytes_of(self, previous: np.ndarray, current: np.ndarray) -> np.ndarray:
         """UTF-8 bytes that each token adds to the decoded text. (n,), (n,) ids -> (n,) int64.
 
         A dummy prefix is a leading space that encoding puts before a document and decoding
@@ -632,14 +664,14 @@ def load_tokenizer(path: Path) -> Tokenizer:
     return Tokenizer(np.array(size, np.uint16), leading, control, model.bos_id(), dummy, digest)
 
 
-def check_vocab(cfg: Knobs, tokens: Tokenizer) -> None:
+def check_vocab(cfg: Knobs, tokenizer: Tokenizer) -> None:
     """VOCAB_SIZE, where it is set, must be the tokenizer's."""
-    if cfg.vocab_size not in (0, tokens.vocab):
-        raise UserError(f"VOCAB_SIZE={cfg.vocab_size}, but the tokenizer has {tokens.vocab} "
+    if cfg.vocab_size not in (0, tokenizer.vocab):
+        raise UserError(f"VOCAB_SIZE={cfg.vocab_size}, but the tokenizer has {tokenizer.vocab} "
                         "pieces: unset it or choose the other tokenizer")  # fmt: skip
 
 
-def open_shard(path: Path) -> Any:
+def open_shard(path: Path) -> np.ndarray:
     """Memory-map a shard's tokens, (n,) uint16. Raises UserError naming the file."""
     header_bytes = SHARD_HEADER_INTS * 4
     header = np.fromfile(path, dtype="<i4", count=SHARD_HEADER_INTS)
@@ -651,7 +683,7 @@ def open_shard(path: Path) -> Any:
     return np.memmap(path, dtype="<u2", mode="r", offset=header_bytes, shape=(int(header[2]),))
 
 
-def check_ids(tokens: Any, vocab: int, name: object) -> Any:
+def check_ids(tokens: np.ndarray, vocab: int, name: object) -> np.ndarray:
     """Tokens as int32, after checking that each is below the vocabulary's size."""
     top = int(tokens.max(initial=0))
     if top >= vocab:
@@ -742,8 +774,6 @@ class TrainWindows:
                             f"TRAIN_SEQ_LEN={seq_len}: add text or lower it")  # fmt: skip
         self.ends = np.cumsum(self.counts)
         self.epoch, self.order = -1, np.zeros(0, np.int64)
-        # P(token) by the contexts, of the first tokens of all shards in a row; 0: not known yet
-        self.foreseen = np.zeros(0, np.float16)
 
     def place(self, index: int) -> tuple[int, int]:
         """(shard, its first token) of window number `index` of the run."""
@@ -757,32 +787,25 @@ class TrainWindows:
         slack = (len(self.shards[shard]) - 1) % self.seq_len
         return shard, first * self.seq_len + (epoch * 7919) % (slack + 1)
 
-    def window(self, index: int) -> Any:
-        """Window number `index` of the run: (seq_len + 1,) int32."""
-        shard, start = self.place(index)
-        tokens = self.shards[shard][start : start + self.seq_len + 1]
-        return check_ids(tokens, self.vocab, self.paths[shard])
-
-    def step(self, number: int, windows: int) -> Any:
+    def step(self, number: int, windows: int) -> np.ndarray:
         """The tokens of step `number`: (windows, seq_len + 1) int32."""
-        return np.stack([self.window(number * windows + i) for i in range(windows)])
+        rows = []
+        for index in range(number * windows, (number + 1) * windows):
+            shard, start = self.place(index)
+            tokens = self.shards[shard][start : start + self.seq_len + 1]
+            rows.append(check_ids(tokens, self.vocab, self.paths[shard]))
+        return np.stack(rows)
 
-    def step_foreseen(self, number: int, windows: int) -> Any:
-        """P(target) by the contexts in step `number`, 0 where not known: (windows, seq_len)."""
-        out = np.zeros((windows, self.seq_len), np.float32)
-        for i, row in enumerate(out):
-            shard, start = self.place(number * windows + i)
-            start += 1 + sum(len(s) for s in self.shards[:shard])
-            known = self.foreseen[start : start + self.seq_len]
-            row[: len(known)] = known
-        return out
+    def fingerprint(self) -> str:
+        """What tells texts apart without reading them whole: each shard's length and beginning."""
+        return str([(len(s), zlib.crc32(s[: 1 << 16].tobytes())) for s in self.shards])
 
 
 COUNTED_TOKENS = 100_000_000  # enough for bigrams, and two seconds of counting
 COUNTED_VOCAB = 16_384  # the table of a larger vocabulary would not fit in memory
 
 
-def bigram_probability(data: TrainWindows) -> Any:
+def bigram_probability(data: TrainWindows) -> np.ndarray:
     """P(x_t | x_{t-1}) as counted over the training shards: (V, V) float32, row = x_{t-1}."""
     v, left, chunk = data.vocab, COUNTED_TOKENS, 1 << 24
     if v > COUNTED_VOCAB:
@@ -799,108 +822,64 @@ def bigram_probability(data: TrainWindows) -> Any:
     return table
 
 
-def complementary_weights(probability: Any, alpha: float) -> Any:
+def complementary_weights(probability: np.ndarray, alpha: float) -> np.ndarray:
     """Loss weights of a step, mean 1: clip(1 - alpha * P(target), 0.1, 1) / mean.
 
-    probability (n, T) float32, by a simpler model -> (n, T) float32. Dividing by the mean over the
-    whole step keeps the effective learning rate.
+    probability (n, T) float32: of each target, by pair counts -> (n, T) float32. Dividing by the
+    mean over the whole step keeps the effective learning rate.
     """
     weights = np.clip(1 - alpha * probability, 0.1, 1)
     return (weights / weights.mean()).astype(np.float32)
 
 
-def load_validation(paths: list[Path], tokens: Tokenizer, limit: int) -> tuple[Any, bool]:
-    """(validation tokens (n,) int32, whether they are the whole split).
+@dataclass(frozen=True)
+class ValidationText:
+    """The text that is scored."""
+
+    tokens: np.ndarray  # (n,) int32
+    whole: bool  # all of the split's shards
+    shards: int
+
+    @property
+    def part(self) -> str:
+        """A label for whatever is scored on less than the whole split."""
+        return "" if self.whole else f" (PART of the text: {len(self.tokens) - 1} tokens)"
+
+
+def load_validation(folder: Path, tokenizer: Tokenizer, limit: int) -> ValidationText:
+    """Read the validation shards of a folder, `limit` tokens of them at most if it is not 0.
 
     A limit cuts at the end of the last document that fits, so that no document is half scored,
-    unless the first one does not fit.
+    unless the first one does not fit. Raises UserError for another tokenizer's shards.
     """
+    manifest = folder / "manifest.json"
+    made_by = read_manifest(manifest).get("tokenizer_sha256", tokenizer.sha256)
+    if made_by != tokenizer.sha256:
+        raise UserError(f"{manifest}: these shards were made by another tokenizer: choose the "
+                        "DATA_PATH and TOKENIZER_PATH that belong together")  # fmt: skip
+    paths = find_shards(folder, "val")
     total = sum(len(open_shard(path)) for path in paths)
     parts, left = [], limit or total
     for path in paths:
         shard = open_shard(path)[: left + 1]
-        parts.append(check_ids(shard, tokens.vocab, path))
+        parts.append(check_ids(shard, tokenizer.vocab, path))
         left -= len(shard)
     text = np.concatenate(parts)
     if limit and len(text) > limit:
-        starts = np.flatnonzero(text[1 : limit + 1] == tokens.bos) + 1
+        starts = np.flatnonzero(text[1 : limit + 1] == tokenizer.bos) + 1
         text = text[: int(starts[-1]) if len(starts) else limit]
     if len(text) < 2:
-        raise UserError(f"{paths[0].parent}: the validation text has fewer than 2 tokens")
-    return text, len(text) == total
+        raise UserError(f"{folder}: the validation text has fewer than 2 tokens")
+    return ValidationText(text, len(text) == total, len(paths))
 
 
 # ==================================================================================================
 # REPORT: an event is a dict; metrics.jsonl and the text lines are both made from it
 # ==================================================================================================
 
-
-class Report:
-    """The run's folder: train.log (the script's source, then the lines) and metrics.jsonl."""
-
-    def __init__(self, cfg: Knobs) -> None:
-        name = cfg.run_id or time.strftime("%Y%m%d-%H%M%S") + f"-{cfg.seed}-{os.getpid()}"
-        self.folder, self.iterations = Path(cfg.out_dir) / name, cfg.iterations
-        self.checkpoint = self.folder / "checkpoint" / "state.safetensors"
-        if cfg.resume and not self.checkpoint.is_file():
-            raise UserError(f"RESUME=1: there is no {self.checkpoint}: unset RESUME")
-        try:
-            self.folder.mkdir(parents=True, exist_ok=cfg.resume)
-        except FileExistsError:
-            go_on = ", or go on with RESUME=1" if self.checkpoint.is_file() else ""
-            raise UserError(f"RUN_ID={name}: {self.folder} exists and is never overwritten: "
-                            f"choose another RUN_ID{go_on}") from None  # fmt: skip
-        except OSError as error:
-            raise UserError(f"OUT_DIR={cfg.out_dir}: {error.strerror}") from None
-        if not cfg.resume:
-            source = Path(__file__).read_text()
-            (self.folder / "train.log").write_text(f"{source}\n{'=' * 100}\n")
-
-    def line(self, text: str) -> None:
-        """A line on the screen and in train.log."""
-        print(text, flush=True)
-        with open(self.folder / "train.log", "a") as log:
-            log.write(text + "\n")
-
-    def event(self, event: Event, *lines: str) -> None:
-        """A JSON object in metrics.jsonl, and its lines with the event's values filled in."""
-        with open(self.folder / "metrics.jsonl", "a") as log:
-            log.write(json.dumps(event) + "\n")
-        for text in lines:
-            self.line(text.format(**event, n=self.iterations, part=part_of_text(event)))
-
-
-class Silence(Report):
-    """The report of a rank that leaves reporting to rank 0."""
-
-    def __init__(self) -> None:
-        self.folder = Path()
-        self.checkpoint = Path()
-
-    def line(self, text: str) -> None:
-        """Nothing."""
-
-    def event(self, event: Event, *lines: str) -> None:
-        """Nothing."""
-
-
 Progress = Callable[[int, int, str], None]  # tokens done, tokens in all, what to say of them
-
-
-def show_progress(label: str, every_s: float = 10.0) -> Progress:
-    """Shows how far a work on tokens is: a line every few seconds, the first one soon."""
-    begin = time.perf_counter()
-    due = begin + 1
-
-    def show(done: int, total: int, note: str) -> None:
-        nonlocal due
-        now = time.perf_counter()
-        if now > due:
-            due, left = now + every_s, (now - begin) * (total - done) / done
-            print(f"{label}: {done}/{total} tokens, {note}{left:.0f} s left", flush=True)
-
-    return show
-
+CHECKPOINT = Path("checkpoint") / "state.safetensors"  # in a run's folder
+LAUNCH_RANKS = ("MLX_RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK")
 
 TRAIN_LINE = (
     "step:{step}/{n} train_loss:{train_loss:.4f} train_time:{train_time_ms:.0f}ms "
@@ -908,7 +887,7 @@ TRAIN_LINE = (
 )
 VAL_LINE = "step:{step}/{n} val_loss:{val_loss:.4f} val_bpb:{val_bpb:.4f}{part}"
 EXPORT_LINE = (
-    "serialized_int6_zstd:{model_bytes} bytes (brotli; text:{packed_bytes} code:{code_bytes} "
+    "serialized_int6_zstd:{model_bytes} bytes ({compressor}; text:{packed_bytes} code:{code_bytes} "
     "total:{total_bytes} limit:{limit_bytes})"
 )
 ROUNDTRIP_LINES = (
@@ -931,10 +910,91 @@ FINAL_LINE = (
 )
 
 
+def launched_rank() -> int:
+    """This process's number among those that a launcher started together; 0 without one."""
+    return next((int(os.environ[name]) for name in LAUNCH_RANKS if name in os.environ), 0)
+
+
+class Report:
+    """The run's folder: train.log (the script's source, then the lines) and metrics.jsonl.
+
+    Ranks other than 0 have a folder of None, and leave reporting to rank 0.
+    """
+
+    def __init__(self, folder: Path | None, iterations: int) -> None:
+        self.folder, self.iterations = folder, iterations
+
+    def line(self, text: str) -> None:
+        """A line on the screen and in train.log."""
+        if self.folder:
+            print(text, flush=True)
+            with open(self.folder / "train.log", "a") as log:
+                log.write(text + "\n")
+
+    def event(self, event: Event, *lines: str) -> None:
+        """A JSON object in metrics.jsonl, and its lines with the event's values filled in."""
+        if not self.folder:
+            return
+        with open(self.folder / "metrics.jsonl", "a") as log:
+            log.write(json.dumps(event) + "\n")
+        for text in lines:
+            self.line(text.format(**event, n=self.iterations, part=part_of_text(event)))
+
+
 def part_of_text(event: Event) -> str:
     """A label for scores of less than the whole validation split."""
     whole = event.get("val_whole", True)
     return "" if whole else f" (PART of the text: {event['val_tokens']} tokens)"
+
+
+def open_report(cfg: Knobs) -> Report:
+    """The report of a run that trains: in a new folder, or with RESUME in its own.
+
+    The folder gets the script as it is now, which will score what it trains. Raises UserError if
+    the folder exists, or has nothing to go on from, or cannot be made.
+    """
+    name = cfg.run_id or time.strftime("%Y%m%d-%H%M%S") + f"-{cfg.seed}-{os.getpid()}"
+    folder = Path(cfg.out_dir) / name
+    saved = folder / CHECKPOINT
+    if cfg.resume and not saved.is_file():
+        raise UserError(f"RESUME=1: there is no {saved}: unset RESUME")
+    try:
+        folder.mkdir(parents=True, exist_ok=cfg.resume)
+        (folder / SCRIPT.name).write_bytes(source())
+    except FileExistsError:
+        go_on = ", or go on with RESUME=1" if saved.is_file() else ""
+        raise UserError(f"RUN_ID={name}: {folder} exists and is never overwritten: "
+                        f"choose another RUN_ID{go_on}") from None  # fmt: skip
+    except OSError as error:
+        raise UserError(f"OUT_DIR={cfg.out_dir}: {error.strerror}") from None
+    if not cfg.resume:
+        (folder / "train.log").write_text(f"{source().decode()}\n{'=' * 100}\n")
+    return Report(folder, cfg.iterations)
+
+
+def unscored_export(folder: Path) -> Event | None:
+    """The newest export record in a run's metrics.jsonl, unless a final one came after it."""
+    found, log = None, folder / "metrics.jsonl"
+    for text in log.read_text().splitlines() if log.is_file() else ():
+        with contextlib.suppress(ValueError):  # a line that a full disk cut short
+            record = json.loads(text)
+            found = {"export": record, "final": None}.get(record["event"], found)
+    return found
+
+
+def show_progress(label: str, every_s: float = 10.0) -> Progress:
+    """Shows how far a work on tokens is: a line every few seconds, the first one soon."""
+    begin = time.perf_counter()
+    due = begin + 1
+
+    def show(done: int, total: int, note: str) -> None:
+        nonlocal due
+        now = time.perf_counter()
+        if now > due:
+            due, left = now + every_s, (now - begin) * (total - done) / done
+            print(f"{label}: {done}/{total} tokens, {note}{left:.0f} s left", flush=True)
+
+    return show
 
 
 # ==================================================================================================
@@ -976,7 +1036,6 @@ def hash_context(tokens: list[Array], size: int, order: int, head: int) -> Array
 # ==================================================================================================
 
 MASKED = -1e6  # a score whose exponential is exactly 0
-RMS_EPS = 1e-6
 MLX_COMPILES = shutil.which("g++") is not None or sys.platform == "darwin"
 compiled = mx.compile if MLX_COMPILES else lambda function: function
 
@@ -1129,20 +1188,6 @@ def attention_backward(primals: Any, cotangents: Any, outputs: Any) -> tuple[Arr
 cpu_attention = with_gradient(attention_forward, attention_backward)
 
 
-@mx.custom_function
-def cpu_rms_norm(x: Array) -> list[Array]:
-    """[x / sqrt(mean(x^2) + eps) over the last axis, the factor]."""
-    r = mx.rsqrt(mx.mean(x * x, axis=-1, keepdims=True) + RMS_EPS)
-    return [x * r, r]
-
-
-@cpu_rms_norm.vjp
-def cpu_rms_norm_vjp(_: Array, cotangents: Any, outputs: Any) -> Array:
-    """With y = r x: r (d_y - y mean(d_y y)), in fewer passes than MLX takes."""
-    d_y, (y, r) = cotangents[0], outputs
-    return (d_y - y * mx.mean(d_y * y, axis=-1, keepdims=True)) * r
-
-
 @compiled
 def complex_product(x: Array, y: Array) -> Array:
     """x * y; compiled, because MLX's own is eight times slower."""
@@ -1205,33 +1250,16 @@ def cpu_cross_entropy(cap: float) -> Callable[..., list[Array]]:
     return with_gradient(forward, backward)
 
 
-@functools.cache
-def squared_leaky_relu(leak: float) -> Callable[[Array], Array]:
-    """max(h, leak * h) ** 2 without comparisons, with its own gradient.
-
-    Its derivative is g = (1 + leak^2) h + (1 - leak^2) |h|, and the function is h * g / 2.
-    """
-    a, b = 1 + leak**2, 1 - leak**2
-
-    @compiled
-    def slope(h: Array, d: Array) -> Array:
-        return (h * a + mx.abs(h) * b) * d
-
-    @compiled
-    def value(h: Array) -> Array:
-        return h * 0.5 * (h * a + mx.abs(h) * b)
-
-    return with_gradient(value, lambda h, d, _: slope(h, d))
-
-
 # ==================================================================================================
 # MODEL: the public baseline's GPT, with hashed contexts added to its logits
 # ==================================================================================================
 
+RMS_EPS = 1e-6
+
 
 def rms_norm(x: Array) -> Array:
     """x / sqrt(mean(x^2)) over the last axis, without a weight."""
-    return cpu_rms_norm(x)[0] if on_cpu() else mx.fast.rms_norm(x, None, RMS_EPS)
+    return mx.fast.rms_norm(x, None, RMS_EPS)
 
 
 def init_matrix(rows: int, columns: int, rng: Any, orthogonal: bool) -> Array:
@@ -1328,7 +1356,9 @@ class MLP(nn.Module):
 
     def __call__(self, x: Array, gain: Array) -> Array:
         """(B, T, D) -> (B, T, D), times gain (D,)."""
-        return self.proj(squared_leaky_relu(self.leak)(self.fc(x)), gain)
+        h = self.fc(x)
+        h = mx.maximum(h, self.leak * h)
+        return self.proj(h * h, gain)
 
 
 class Block(nn.Module):
@@ -1520,7 +1550,7 @@ GROUPS = (
 
 
 def group_parameters(names: list[str]) -> dict[str, Group]:
-    """The group of every parameter; an error unless each name is in exactly one."""
+    """Find the group of each parameter; an error unless each name is in exactly one."""
     found = {n: [g for g in GROUPS if re.fullmatch(g.pattern, n)] for n in names}
     wrong = {n: [g.name for g in groups] for n, groups in found.items() if len(groups) != 1}
     if wrong:
@@ -1529,7 +1559,7 @@ def group_parameters(names: list[str]) -> dict[str, Group]:
 
 
 def orthogonalise(g: Array, steps: int) -> Array:
-    """Newton-Schulz: (n, rows, columns) -> the same with singular values near 1.
+    """Bring all singular values near 1 by Newton-Schulz: (n, rows, columns) -> the same shape.
 
     Keller Jordan's quintic (https://kellerjordan.github.io/posts/muon/), in float32: bfloat16
     gives NaNs on some backends.
@@ -1556,35 +1586,14 @@ def muon(g: Array, buffer: Array, lr: Array, momentum: Array, steps: int) -> tup
 
 
 @compiled
-def rsqrt_guess(x: Array) -> Array:
-    """Bits of a first guess of 1 / sqrt(x), from the bits of x."""
-    return 0x5F3759DF - (x >> 1)
-
-
-@compiled
-def rsqrt_newton(x: Array, y: Array) -> Array:
-    """sqrt(x) from a guess y of 1 / sqrt(x): two Newton steps, 5e-6 relative."""
-    y = y * (1.5 - 0.5 * x * y * y)
-    return x * (y * (1.5 - 0.5 * x * y * y))
-
-
-def root(x: Array) -> Array:
-    """sqrt(x) for x >= 0; MLX's CPU sqrt costs 7 ns an element."""
-    if not on_cpu():
-        return mx.sqrt(x)
-    guess = rsqrt_guess(x.view(mx.int32)).view(mx.float32)
-    return rsqrt_newton(x, guess)
-
-
-@compiled
 def adam_moments(g: Array, m: Array, v: Array, b1: Array, b2: Array) -> list:
-    """The two decayed moments of the gradient."""
+    """Decay the two moments and add the part of the gradient; g, m and v have one shape."""
     return [m * b1 + g * (1 - b1), v * b2 + g * g * (1 - b2)]
 
 
 @compiled
 def adam_move(p: Array, m: Array, s: Array, rate: Array, shrink: Array, eps: Array) -> Array:
-    """Parameters after the move: m and s = sqrt(v) are not bias-corrected, rate and eps are."""
+    """Move the parameters p: m and s = sqrt(v) are not bias-corrected, rate and eps are."""
     return p * shrink - rate * m / (s + eps)
 
 
@@ -1592,14 +1601,16 @@ def adam(
     p: Array, g: Array, m: Array, v: Array, lr: Array, step: Array, cfg: Knobs, decay: float
 ) -> tuple[Array, Array, Array]:
     """One Adam update with bias correction and decoupled decay: (new p, new m, new v)."""
-    b1, b2 = mx.array(cfg.beta1), mx.array(cfg.beta2)
+    b1 = mx.array(cfg.beta1)
+    b2 = mx.array(cfg.beta2)
     m, v = adam_moments(g, m, v, b1, b2)
-    c1, c2 = 1 - b1**step, mx.sqrt(1 - b2**step)
-    return adam_move(p, m, root(v), lr * c2 / c1, 1 - lr * decay, cfg.adam_eps * c2), m, v
+    c1 = 1 - b1**step
+    c2 = mx.sqrt(1 - b2**step)
+    return adam_move(p, m, mx.sqrt(v), lr * c2 / c1, 1 - lr * decay, cfg.adam_eps * c2), m, v
 
 
 def new_optimizer_state(params: Arrays, groups: dict[str, Group]) -> Arrays:
-    """Zeroed moments, under the names KIND/PARAMETER."""
+    """Make zeroed moments, under the names KIND/PARAMETER."""
     kinds = {"muon": ("buffer",), "adam": ("m", "v")}
     return {
         f"{kind}/{name}": mx.zeros_like(p)
@@ -1609,15 +1620,16 @@ def new_optimizer_state(params: Arrays, groups: dict[str, Group]) -> Arrays:
 
 
 def apply_gradients(
-    params: Arrays, grads: Arrays, opt: Arrays, hyper: Arrays, cfg: Knobs
+    params: Arrays, grads: Arrays, opt: Arrays, hyper: Arrays, groups: dict[str, Group], cfg: Knobs
 ) -> tuple[Arrays, Arrays]:
-    """One step of the parameters with gradients: (their new values, their new optimizer state).
+    """Move the parameters that have gradients: (their new values, their new optimizer state).
 
     hyper: scalar arrays `lr` (factor on every learning rate), `momentum` (Muon's) and `step`
     (counted from 1). Muon matrices of one group and shape are stacked.
     """
     new, state, stacks = {}, {}, {}
-    for name, group in group_parameters(list(grads)).items():
+    for name in grads:
+        group = groups[name]
         stack = params[name].shape if group.optimizer == "muon" else name
         stacks.setdefault((group, stack), []).append(name)
     for (group, name), same in stacks.items():
@@ -1628,7 +1640,8 @@ def apply_gradients(
             p, m, v = adam(params[name], grads[name], m, v, lr, hyper["step"], cfg, decay)
             new[name], state[f"m/{name}"], state[f"v/{name}"] = p, m, v
             continue
-        g, b = mx.stack([grads[n] for n in same]), mx.stack([opt[f"buffer/{n}"] for n in same])
+        g = mx.stack([grads[n] for n in same])
+        b = mx.stack([opt[f"buffer/{n}"] for n in same])
         u, b = muon(g, b, lr, hyper["momentum"], cfg.muon_backend_steps)
         new |= {n: params[n] * (1 - lr * decay) - u[i] for i, n in enumerate(same)}
         state |= {f"buffer/{n}": b[i] for i, n in enumerate(same)}
@@ -1640,7 +1653,7 @@ def apply_gradients(
 # ==================================================================================================
 
 CLIP_RATIOS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65)
-MAGIC, FORMAT_VERSION = b"MLXGOLF1", 5
+MAGIC, FORMAT_VERSION = b"MLXGOLF1", 6
 # Magic, version, SHA-256 of the version and the rest, bytes of the compressed model.
 PREFIX = struct.Struct("<8sH32sQ")
 # Bytes a value after compression, for rows of Gaussian noise (measured, brotli 11).
@@ -1681,13 +1694,16 @@ def fake_quantise(params: Arrays, groups: dict[str, Group], cfg: Knobs) -> Array
     return out
 
 
-def compress(raw: bytes) -> bytes:
-    """Brotli at its best: 0.9 % fewer bytes than zstd 22, 1.1 % fewer than xz -9e, on int8 rows."""
+def compress(raw: bytes) -> tuple[bytes, str]:
+    """(the bytes compressed, by what): brotli, or the larger lzma where brotli is not installed.
+
+    On int8 rows brotli takes 0.9 % fewer bytes than zstd 22, and 1.1 % fewer than xz -9e.
+    """
     try:
         import brotli
     except ImportError:
-        return lzma.compress(raw, preset=9 | lzma.PRESET_EXTREME)
-    return brotli.compress(raw, quality=11, lgwin=24)
+        return lzma.compress(raw, preset=9 | lzma.PRESET_EXTREME), "lzma: pip install brotli"
+    return brotli.compress(raw, quality=11, lgwin=24), "brotli"
 
 
 def decompress(path: Path, model: bytes) -> bytes:
@@ -1732,62 +1748,80 @@ def unpack_tensors(rows: list, raw: bytes) -> Arrays:
     return out
 
 
-def checksum(version: int, model_bytes: int, body: bytes) -> bytes:
+def checksum(version: int, model_size: int, body: bytes) -> bytes:
     """SHA-256 of all that an artifact holds after its magic number."""
-    return hashlib.sha256(struct.pack("<HQ", version, model_bytes) + body).digest()
+    return hashlib.sha256(struct.pack("<HQ", version, model_size) + body).digest()
 
 
-LOCAL_KNOBS = {"run_id", "out_dir", "eval_only", "data_path", "tokenizer_path", "resume", "blas",
-               "workers", "device", "compute_dtype", "checkpoint_every"}  # fmt: skip
+@dataclass(frozen=True)
+class PackedText:
+    """Training text inside an artifact, as the logistic mixer's code; decoding it is priming."""
+
+    leaf: np.ndarray  # (V,) int64: the mixer's tree, see `token_tree`
+    token_count: int
+    sha256: str  # of the text's tokens, little-endian int32
+    code: bytes
 
 
-def shared_knobs(cfg: Knobs) -> dict[str, Any]:
-    """The settings that do not depend on where a run takes place."""
-    return {k: v for k, v in dataclasses.asdict(cfg).items() if k not in LOCAL_KNOBS}
+@dataclass(frozen=True)
+class Artifact:
+    """What an artifact holds."""
+
+    header: dict[str, Any]
+    tokenizer: Tokenizer
+    params: Arrays
+    packed: PackedText | None
 
 
-def model_bytes(
-    params: Arrays,
-    groups: dict[str, Group],
-    cfg: Knobs,
-    tokens: Tokenizer,
-    packed: PackedText | None,
-) -> bytes:
+def serialise(artifact: Artifact, groups: dict[str, Group], cfg: Knobs) -> bytes:
     """The model before compression: JSON header, byte table, the mixer's tree, tensors."""
-    rows, blobs = pack_tensors(params, groups, cfg)
-    header = {"knobs": shared_knobs(cfg), "tensors": rows}
+    tokenizer, packed = artifact.tokenizer, artifact.packed
+    rows, blobs = pack_tensors(artifact.params, groups, cfg)
+    knobs = {name.upper(): as_text(v) for name, v in knobs_of(cfg, *KEPT_SCOPES).items()}
+    header = {"knobs": knobs, "tensors": rows}
     header |= {"packed": [packed.token_count, packed.sha256]} if packed else {}
     facts = ("sha256", "bos", "vocab", "dummy_prefix")
-    header["tokenizer"] = {name: getattr(tokens, name) for name in facts}
+    header["tokenizer"] = {name: getattr(tokenizer, name) for name in facts}
     text = json.dumps(header).encode()
-    flags = (tokens.leading + 2 * tokens.control).astype(np.uint8)
-    tables = [tokens.piece_bytes.astype("<u2"), flags]
+    flags = (tokenizer.leading + 2 * tokenizer.control).astype(np.uint8)
+    tables = [tokenizer.piece_bytes.astype("<u2"), flags]
     tables += [packed.leaf.astype("<u2")] if packed else []
     return b"".join([struct.pack("<I", len(text)), text, *(a.tobytes() for a in tables), *blobs])
 
 
 def write_artifact(
-    path: Path, params: Arrays, groups: dict[str, Group], cfg: Knobs, tokens: Tokenizer,
+    path: Path, params: Arrays, groups: dict[str, Group], cfg: Knobs, tokenizer: Tokenizer,
     packed: PackedText | None = None,
 ) -> Event:  # fmt: skip
     """Write the compressed model, then the packed text; returns the export event."""
-    model = compress(model_bytes(params, groups, cfg, tokens, packed))
+    artifact = Artifact({}, tokenizer, params, packed)
+    model, compressor = compress(serialise(artifact, groups, cfg))
     body = model + (packed.code if packed else b"")
     digest = checksum(FORMAT_VERSION, len(model), body)
+    write_whole(path, PREFIX.pack(MAGIC, FORMAT_VERSION, digest, len(model)) + body)
+    return {**export_event(path, params, packed), "compressor": compressor}
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a file that is complete when it has its name."""
     part = path.with_suffix(".part")
-    part.write_bytes(PREFIX.pack(MAGIC, FORMAT_VERSION, digest, len(model)) + body)
+    with open(part, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
     part.replace(path)
-    return export_event(path, params, packed)
 
 
 def export_event(path: Path, params: Arrays, packed: PackedText | None) -> Event:
     """Sizes on disk, in bytes. Raises RunFailed over the limit."""
-    code, model = Path(__file__).stat().st_size, path.stat().st_size
+    code = len(source())
+    model = path.stat().st_size
     check_size(code + model, params, "the artifact")
-    text, count = (len(packed.code), packed.token_count) if packed else (0, 0)
     return {
         "event": "export", "code_bytes": code, "model_bytes": model, "total_bytes": code + model,
-        "limit_bytes": ARTIFACT_LIMIT_BYTES, "packed_bytes": text, "packed_tokens": count,
+        "limit_bytes": ARTIFACT_LIMIT_BYTES,
+        "packed_bytes": len(packed.code) if packed else 0,
+        "packed_tokens": packed.token_count if packed else 0,
     }  # fmt: skip
 
 
@@ -1805,52 +1839,12 @@ def check_size(total: int, params: Arrays, what: str) -> None:
 
 def estimate_bytes(params: Arrays, groups: dict[str, Group], cfg: Knobs) -> int:
     """Bytes of script + artifact if every tensor were Gaussian noise; RunFailed over the limit."""
-    size = Path(__file__).stat().st_size
+    size = len(source())
     for name, p in params.items():
         bits = groups[name].bits
         size += p.size * NOISE_BYTES[getattr(cfg, bits)] + 2 * p.shape[0] if bits else 4 * p.size
     check_size(int(size), params, "by estimate, the artifact")
     return int(size)
-
-
-def estimate_memory(params: Arrays, cfg: Knobs, pieces: list[int], targets: int) -> dict[str, int]:
-    """Peak bytes by estimate: {"net": of training, "mixer": of each process that has one}.
-
-    pieces: windows that each worker holds at once; targets: tokens of the validation text. The
-    net's are its float32 tensors (values, moments, average, old and new; gradients of each worker
-    and their sum) and what a piece keeps for its gradient: its blocks, the scores, and the head.
-    """
-    size = 4 if compute_dtype(cfg) == "float32" else 2
-    tokens, vocab = sum(pieces) * cfg.train_seq_len, params["tok_emb"].shape[0]
-    seen = 5 / 8 if on_cpu() else 1  # of the scores: see `query_blocks`
-    scores = int(cfg.num_heads * cfg.train_seq_len * seen)
-    block = (8 + 3 * cfg.mlp_mult) * cfg.model_dim + scores  # fitted to tests/benchmarks/memory.py
-    head = min(cfg.logit_chunk_tokens or tokens, tokens) * vocab * 4 * 4
-    copies = 4 * sum(p.size for p in params.values()) * (7 + len(pieces))
-    nodes = targets * (cfg.ngram_max_order + 1)  # at most, each with up to four slots
-    mixer = {"logistic": cfg.mixer_memory_mb << 20, "backoff": nodes * (NODE.itemsize + 16)}
-    net = copies + tokens * cfg.num_layers * block * size + head
-    return {"net": net, "mixer": mixer.get(cfg.mixer, 0)}
-
-
-@dataclass(frozen=True)
-class PackedText:
-    """Training text inside an artifact, as the logistic mixer's code; decoding it is priming."""
-
-    leaf: Any  # (V,) int64: the mixer's tree, see `token_tree`
-    token_count: int
-    sha256: str  # of the text's tokens, little-endian int32
-    code: bytes
-
-
-@dataclass(frozen=True)
-class Artifact:
-    """What an artifact holds."""
-
-    header: dict[str, Any]
-    tokens: Tokenizer
-    params: Arrays
-    packed: PackedText | None
 
 
 def read_artifact(path: Path) -> Artifact:
@@ -1860,82 +1854,138 @@ def read_artifact(path: Path) -> Artifact:
     blob = path.read_bytes()
     if len(blob) < PREFIX.size or blob[: len(MAGIC)] != MAGIC:
         raise UserError(f"{path}: not an artifact of this script")
-    _, version, digest, model_bytes = PREFIX.unpack_from(blob)
+    _, version, digest, model_size = PREFIX.unpack_from(blob)
     body = blob[PREFIX.size :]
     if version != FORMAT_VERSION:
         raise UserError(f"{path}: format version {version}; this script reads {FORMAT_VERSION}")
-    if checksum(version, model_bytes, body) != digest:
+    if checksum(version, model_size, body) != digest:
         raise UserError(f"{path}: cut short or altered (its checksum does not fit): copy it again")
-    raw = decompress(path, body[:model_bytes])
+    raw = decompress(path, body[:model_size])
     (length,) = struct.unpack_from("<I", raw)
     header = json.loads(raw[4 : 4 + length])
-    if not set(header["knobs"]) <= {field.name for field in dataclasses.fields(Knobs)}:
-        raise UserError(f"{path}: made by another version of the script: use that one")
-    facts, at, packed = header["tokenizer"], 4 + length, None
-    vocab = facts.pop("vocab")
+    check_kept(header["knobs"], path)
+    facts = dict(header["tokenizer"])
+    vocab, at = facts.pop("vocab"), 4 + length
     sizes = np.frombuffer(raw, "<u2", vocab, at)
     flags = np.frombuffer(raw, np.uint8, vocab, at + 2 * vocab)
-    tokens = Tokenizer(sizes, (flags & 1) > 0, (flags & 2) > 0, **facts)
-    at += 3 * vocab
+    tokenizer = Tokenizer(sizes, (flags & 1) > 0, (flags & 2) > 0, **facts)
+    packed, at = None, at + 3 * vocab
     if "packed" in header:
         leaf = np.frombuffer(raw, "<u2", vocab, at).astype(np.int64)
-        packed = PackedText(leaf, *header["packed"], body[model_bytes:])
+        packed = PackedText(leaf, *header["packed"], body[model_size:])
         at += 2 * vocab
-    return Artifact(header, tokens, unpack_tensors(header["tensors"], raw[at:]), packed)
+    return Artifact(header, tokenizer, unpack_tensors(header["tensors"], raw[at:]), packed)
 
 
 # ==================================================================================================
-# TRAINING
+# CHECKPOINTS: the state of a run on disk, from which it can go on
+# ==================================================================================================
+
+State = tuple[dict[str, Arrays], dict[str, float]]  # arrays by kind and name, counters by name
+
+
+def wait_for_disk(path: Path) -> None:
+    """Wait until a file's bytes, or the names in a folder, would outlast a power cut."""
+    handle = os.open(path, os.O_RDONLY)
+    os.fsync(handle)
+    os.close(handle)
+
+
+def named_arrays(state: State) -> Arrays:
+    """A state's arrays under the names KIND:NAME."""
+    return {f"{kind}:{n}": a for kind, tree in state[0].items() for n, a in tree.items()}
+
+
+def write_checkpoint(path: Path, state: State, cfg: Knobs, text: str) -> None:
+    """Write a state; at any moment the file is a whole checkpoint, this one or the one before.
+
+    text: the fingerprint of the training text.
+    """
+    facts = {"state": json.dumps(state[1]), "knobs": json.dumps(dataclasses.asdict(cfg))}
+    path.parent.mkdir(exist_ok=True)
+    part = path.with_name("part.safetensors")
+    mx.save_safetensors(str(part), named_arrays(state), {**facts, "text": text})
+    wait_for_disk(part)
+    part.replace(path)
+    wait_for_disk(path.parent)
+
+
+def read_checkpoint(path: Path, like: State, cfg: Knobs, text: str) -> State:
+    """Read a state with the names and shapes of `like`.
+
+    Raises UserError where the file is damaged, or was made with other settings or another text.
+    """
+    try:
+        arrays, facts = mx.load(str(path), return_metadata=True)
+        mx.eval(arrays)
+        saved, state = json.loads(facts["knobs"]), json.loads(facts["state"])
+        counters = {name: state[name] for name in like[1]}
+    except (RuntimeError, ValueError, TypeError, KeyError) as error:
+        raise UserError(f"RESUME=1: {path} is cut or damaged: {error}") from None
+    for name, value in knobs_of(cfg, "train", "model").items():
+        if saved.get(name) != value:
+            raise UserError(f"RESUME=1: {name.upper()} was {saved.get(name)}, not {value}")
+    if facts.get("text") != text:
+        raise UserError("RESUME=1: the training text is not what it was: see DATA_PATH")
+    for name, array in named_arrays(like).items():
+        if name not in arrays or arrays[name].shape != array.shape:
+            raise UserError(f"RESUME=1: {path} holds no {name} {array.shape}: it is the state of "
+                            "another tokenizer's net or of another script")  # fmt: skip
+    return {k: {n: arrays[f"{k}:{n}"] for n in tree} for k, tree in like[0].items()}, counters
+
+
+# ==================================================================================================
+# TRAINING: workers and ranks share a step; schedules; the trainer, whose `take_step` is one step
 # ==================================================================================================
 
 
 class Workers(contextlib.AbstractContextManager):
-    """Threads that share a step's work: one a core on CPUs, each with its own MLX stream.
+    """Threads that share a step's work: one per core on CPUs, each with its own MLX stream.
 
     MLX's CPU backend runs a stream in one thread. Graphs are built one at a time (building swaps
     the model's parameters) and evaluated side by side. A GPU has one worker and needs no thread.
     """
 
     def __init__(self, count: int) -> None:
-        self.count, self.lock, self.local = count, threading.Lock(), threading.local()
-        self.reserved = 0  # cores that something else uses: so many threads fewer, the same bits
+        self.count, self.lock = count, threading.Lock()
+        self.reserved = 0  # cores that something else uses: so many threads rest, the bits stay
         self.pools = [ThreadPoolExecutor(1) for _ in range(count)] if count > 1 else []
+        self.streams = [pool.submit(mx.new_stream, mx.cpu).result() for pool in self.pools]
 
     def __exit__(self, *_: object) -> None:
         for pool in self.pools:
             pool.submit(mx.clear_streams)  # a stream ends in the thread that made it
             pool.shutdown()
 
-    def job(self, build: Callable[..., Any], args: tuple[Any, ...]) -> Any:
-        """Build and evaluate one graph in a worker's thread."""
-        if not hasattr(self.local, "stream"):
-            self.local.stream = mx.new_stream(mx.cpu)
-        with mx.stream(self.local.stream):
-            with self.lock:
-                result = build(*args)
-            mx.eval(result)
-        return result
-
-    def map(
-        self, build: Callable[..., Any], jobs: list[tuple[Any, ...]], eager: bool = True
-    ) -> list[Any]:
-        """build(*args) for every job, job i by worker i modulo their number; in order.
+    def map(self, build: Callable[..., Any], jobs: list[tuple], eager: bool = True) -> list[Any]:
+        """Call build(*job) for each job, by worker after worker in turn: the results, in order.
 
         The results are evaluated, unless one worker is not to be `eager`.
         """
         if not self.pools:
-            results = [build(*args) for args in jobs]
+            results = [build(*job) for job in jobs]
             if eager:
                 mx.eval(results)
             return results
         mx.eval(jobs)  # a thread cannot evaluate what another thread's stream has yet to do
-        pools = itertools.cycle(self.pools[: max(len(self.pools) - self.reserved, 1)])
-        pending = [next(pools).submit(self.job, build, args) for args in jobs]
-        return [p.result() for p in pending]
+        threads = max(self.count - self.reserved, 1)
+        pending = [
+            self.pools[i % threads].submit(self.evaluate, self.streams[i % threads], build, job)
+            for i, job in enumerate(jobs)
+        ]
+        return [result.result() for result in pending]
+
+    def evaluate(self, stream: mx.Stream, build: Callable[..., Any], job: tuple) -> Any:
+        """Build and evaluate one graph, in the thread that made the stream."""
+        with mx.stream(stream):
+            with self.lock:
+                result = build(*job)
+            mx.eval(result)
+        return result
 
 
 def make_workers(cfg: Knobs, neighbours: int = 1, ranks: int = 1) -> Workers:
-    """WORKERS, or one a core on a CPU, where they share the BLAS's threads; one on a GPU.
+    """Start WORKERS workers, or one per core; they share the BLAS's threads. A GPU has one.
 
     neighbours: ranks that share this machine's cores; ranks: those that share a step.
     """
@@ -1943,7 +1993,7 @@ def make_workers(cfg: Knobs, neighbours: int = 1, ranks: int = 1) -> Workers:
         raise UserError(f"BLAS={cfg.blas}: not an OpenBLAS that can be loaded; try BLAS=auto")
     windows = cfg.train_batch_tokens // cfg.train_seq_len // ranks  # more workers would idle
     cores = max(cpu_cores() // neighbours, 1)
-    count = cfg.workers or max(min(cores, windows), 1) if on_cpu() else 1
+    count = (cfg.workers or max(min(cores, windows), 1)) if on_cpu() else 1
     if BLAS:
         BLAS["set_threads"](max(cores // count, 1))
     return Workers(count)
@@ -1952,30 +2002,39 @@ def make_workers(cfg: Knobs, neighbours: int = 1, ranks: int = 1) -> Workers:
 class Ranks:
     """The processes that `mlx.launch` started together, each with a part of every step.
 
-    Without a launcher there is one, which has nothing to wait for. Every method is called by all
-    ranks, in the same order, and raises RunFailed where one of them is gone.
+    Without a launcher there is one, which waits for nothing. All ranks call the same methods in
+    the same order, and a method raises RunFailed where one of them is gone.
     """
 
     def __init__(self) -> None:
         group = mx.distributed.init()
         self.rank, self.count = group.rank(), group.size()
 
-    def sum(self, trees: list[Any]) -> Any:
-        """The sum of trees of float32 arrays, and of those of all ranks, as one message."""
-        lists = [[a for _, a in tree_flatten(tree)] for tree in trees]
-        flat = [mx.concatenate([a.reshape(-1) for a in arrays]) for arrays in lists]
-        total = self.exchange(mx.distributed.all_sum, sum(flat[1:], flat[0]))
-        ends = np.cumsum([a.size for a in lists[0]]).tolist()
-        parts = iter(mx.split(total, ends[:-1]))
-        return tree_map(lambda a: next(parts).reshape(a.shape), trees[0])
+    def exchange(self, operation: Callable[[Any], Any], mine: Any) -> Any:
+        """Return what the operation makes of all ranks' arrays; a rank alone keeps its own."""
+        if self.count == 1:
+            return mine
+        mx.eval(mine)  # all ranks then have the same operations left, in the same order
+        try:
+            mx.eval(out := operation(mine))
+        except RuntimeError as error:
+            raise RunFailed(f"another rank is gone ({error})") from None
+        return out
 
-    def of_first(self, value: float) -> float:
-        """Rank 0's value, in single precision: what all ranks must agree on."""
-        return self.exchange(mx.distributed.all_sum, mx.array(0.0 if self.rank else value)).item()
+    def mean(self, tree: Any) -> Any:
+        """The mean of all ranks' trees of float32 arrays."""
+        means = iter(self.exchange(nn.average_gradients, [a for _, a in tree_flatten(tree)]))
+        return tree_map(lambda _: next(means), tree)
 
-    def any(self, flag: bool) -> bool:
-        """Whether the flag is set on any rank."""
-        return self.exchange(mx.distributed.all_max, mx.array(+flag)).item() > 0
+    def of_first(self, tree: Any) -> Any:
+        """Rank 0's tree of arrays."""
+        mine = tree_map(mx.zeros_like, tree) if self.rank else tree
+        return self.exchange(functools.partial(tree_map, mx.distributed.all_sum), mine)
+
+    def any(self, *flags: bool) -> list[bool]:
+        """Whether each flag is set on any rank."""
+        counts = mx.array([int(flag) for flag in flags])
+        return [count > 0 for count in self.exchange(mx.distributed.all_max, counts).tolist()]
 
     def same(self, text: str) -> Array:
         """Which of the ranks bring the same text: (ranks,) bool."""
@@ -1989,20 +2048,18 @@ class Ranks:
                             " passes settings on with --env NAME=value")  # fmt: skip
 
     def in_turn(self, work: Callable[[], Any]) -> Any:
-        """The result of `work`, which the ranks do one after another."""
-        results = []
+        """The result of `work`, which the ranks do one after another; where one stops, all do."""
         for rank in range(self.count):
-            results += [work()] if rank == self.rank else []
-            self.of_first(0.0)  # waits for the one whose turn it is
-        return results[0]
-
-    def exchange(self, operation: Callable[[Array], Array], mine: Array) -> Array:
-        """What the operation makes of all ranks' arrays; one alone keeps its own."""
-        try:
-            mx.eval(out := operation(mine) if self.count > 1 else mine)
-        except RuntimeError as error:
-            raise RunFailed(f"another rank is gone ({error})") from None
-        return out
+            stop = None
+            if rank == self.rank:
+                try:
+                    result = work()
+                except Stop as error:
+                    stop = error
+            (stopped,) = self.any(stop is not None)  # waits for the one whose turn it is
+            if stopped:
+                raise stop or RunFailed(f"rank {rank} has stopped: it says why")
+        return result
 
 
 def remaining_steps(step: int, elapsed_s: float, cfg: Knobs) -> float:
@@ -2039,29 +2096,31 @@ def averaging_weight(averaged: int, cfg: Knobs) -> float:
     return mean if cfg.use_swa else max(1 - cfg.ema_decay, mean)
 
 
-def split_windows(windows: int, cfg: Knobs, workers: int) -> list[list[slice]]:
-    """Windows of a step -> rounds of a piece for each worker, each under the memory bound."""
+def split_windows(first: int, last: int, cfg: Knobs, workers: int) -> list[slice]:
+    """Cut windows first .. last-1 of a step into microbatches, each under the memory bound.
+
+    Each worker gets as many as the others, and at least GRAD_ACCUM_STEPS, while windows suffice.
+    """
+    windows = last - first
     most = max(cfg.mlx_max_microbatch_tokens // cfg.train_seq_len, 1)
-    rounds = max(math.ceil(windows / (most * workers)), cfg.grad_accum_steps)
-    pieces = min(rounds * workers, windows)
-    ends = [windows * i // pieces for i in range(pieces + 1)]
-    slices = [slice(a, b) for a, b in itertools.pairwise(ends)]
-    return [slices[i : i + workers] for i in range(0, pieces, workers)]
+    per_worker = max(math.ceil(windows / (most * workers)), cfg.grad_accum_steps)
+    count = min(per_worker * workers, windows)
+    ends = [first + windows * i // count for i in range(count + 1)]
+    return [slice(a, b) for a, b in itertools.pairwise(ends)]
 
 
 class Trainer:
-    """The training state and the one function that moves it.
+    """The training state and the one function that moves it, `take_step`.
 
-    All that changes is in three dicts of arrays: `params`, `opt` and `average`. A step computes new
-    ones and takes them only if its loss and its gradient are finite, so that the last good state
-    is always at hand.
+    All that changes is in three dicts of arrays, `params`, `opt` and `average`, and in three
+    counters. A step makes new dicts and takes them only if its loss and its gradient are finite,
+    so that the last good state is always at hand.
     """
 
     def __init__(
-        self, model: GPT, cfg: Knobs, data: TrainWindows, report: Report, workers: Workers,
-        ranks: Ranks,
-    ) -> None:  # fmt: skip
-        self.model, self.cfg, self.data, self.report = model, cfg, data, report
+        self, model: GPT, cfg: Knobs, data: TrainWindows, workers: Workers, ranks: Ranks
+    ) -> None:
+        self.model, self.cfg, self.data = model, cfg, data
         self.workers, self.ranks = workers, ranks
         self.params: Arrays = dict(tree_flatten(model.parameters()))
         self.groups = group_parameters(list(self.params))
@@ -2069,176 +2128,167 @@ class Trainer:
         self.average = self.params
         self.step, self.elapsed_s, self.averaged = 0, 0.0, 0
         self.windows = cfg.train_batch_tokens // cfg.train_seq_len
+        self.tokens_per_step = self.windows * cfg.train_seq_len  # of all ranks
         if self.windows < ranks.count:
             raise UserError(f"TRAIN_BATCH_TOKENS={cfg.train_batch_tokens}: {self.windows} windows "
                             f"a step, fewer than the {ranks.count} ranks: raise it")  # fmt: skip
-        ends = [self.windows * i // ranks.count for i in (ranks.rank, ranks.rank + 1)]
-        self.mine = slice(*ends)  # of a step's windows
-        self.rounds = split_windows(ends[1] - ends[0], cfg, workers.count)
-        by_shape = sorted(self.params, key=lambda n: (self.params[n].size, n), reverse=True)
-        self.shares = [by_shape[i :: workers.count] for i in range(workers.count)]
+        first, last = (self.windows * i // ranks.count for i in (ranks.rank, ranks.rank + 1))
+        # Worker i of n takes microbatches i, i + n, .. and moves the parameters that it owns.
+        self.microbatches = split_windows(first, last, cfg, workers.count)
+        sizes = [rows.stop - rows.start for rows in self.microbatches]
+        self.largest_microbatches = [max(sizes)] * min(workers.count, len(sizes))
+        by_size = sorted(self.params, key=lambda n: (self.params[n].size, n), reverse=True)
+        self.owned = [by_size[i :: workers.count] for i in range(workers.count)]
         self.bigrams = bigram_probability(data) if cfg.complement_alpha else None
         # A GPU compiles whole steps; on a CPU that gains nothing, so there only kernels are.
-        whole = (lambda f: f) if on_cpu() else mx.compile
-        self.gradients = {q: whole(functools.partial(self._gradients, q)) for q in (False, True)}
-        self.sums, self.updates = whole(self._sums), whole(self._updates)
+        whole = (lambda function: function) if on_cpu() else mx.compile
+        add = self._add_microbatch
+        self.add_microbatch = {q: whole(functools.partial(add, q)) for q in (False, True)}
+        self.add_workers, self.move = whole(self._add_workers), whole(self._move)
 
-    def _gradients(
-        self, qat: bool, params: Arrays, before: tuple[Any, ...], batch: tuple[Array, ...]
+    def take_step(self) -> Event:
+        """Take one step; returns its train event. Raises RunFailed if it is not finite."""
+        cfg, begin = self.cfg, time.perf_counter()
+        factor = lr_factor(self.step, self.elapsed_s, cfg)
+        averaging = progress(self.step, self.elapsed_s, cfg) >= cfg.ema_start_frac
+        averaged = self.averaged if averaging else 0
+        loss, norm, grads = self.gradients(quantised=factor < cfg.late_qat_threshold)
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            raise RunFailed(
+                f"step {self.step + 1}: loss {loss}, gradient norm {norm}: stopped. Lower "
+                "MATRIX_LR, TIED_EMBED_LR, HASH_LR, SCALAR_LR or MUON_WEIGHT_DECAY, or set "
+                "GRAD_CLIP_NORM=1"
+            )
+        hyper = {
+            "lr": factor, "momentum": momentum_at(self.step, cfg), "step": self.step + 1.0,
+            "clip": min(cfg.grad_clip_norm / (norm + 1e-12), 1.0),
+            "average": averaging_weight(averaged, cfg),
+        }  # fmt: skip
+        self.params, self.opt, self.average = self.updates(grads, hyper)
+        self.averaged = averaged + 1 if averaging else 0
+        self.step += 1
+        seconds = self.ranks.of_first(mx.array(time.perf_counter() - begin)).item()
+        self.elapsed_s += seconds
+        return {
+            "event": "train", "step": self.step, "train_loss": loss, "grad_norm": norm,
+            "lr_factor": factor, "train_time_ms": 1000 * self.elapsed_s,
+            "step_avg_ms": 1000 * self.elapsed_s / self.step,
+            "tok_s": self.tokens_per_step / seconds,
+        }  # fmt: skip
+
+    def gradients(self, quantised: bool) -> tuple[float, float, list[Arrays]]:
+        """(mean loss, gradient norm, gradients) of this step, over all workers and ranks.
+
+        The loss is plain; the gradients are those of the weighted loss, a dict per worker, of the
+        parameters that it owns.
+        """
+        tokens = self.data.step(self.step, self.windows)
+        x, y = tokens[:, :-1], tokens[:, 1:]
+        weights = np.ones(y.shape, np.float32)
+        if self.bigrams is not None:
+            weights = complementary_weights(self.bigrams[x, y], self.cfg.complement_alpha)
+        workers = min(self.workers.count, len(self.microbatches))
+        sums: list[tuple] = [()] * workers  # (loss, gradients) of each worker's microbatches so far
+        for at in range(0, len(self.microbatches), workers):
+            rows = self.microbatches[at : at + workers]
+            batches = [tuple(mx.array(array[r]) for array in (x, y, weights)) for r in rows]
+            jobs = [(self.params, *job) for job in zip(sums, batches, strict=False)]
+            add = self.add_microbatch[quantised]
+            sums[: len(jobs)] = self.workers.map(add, jobs, self.cfg.mlx_eager_eval)
+        if self.ranks.count > 1:
+            sums = [self.ranks.mean(tree_map(lambda *parts: sum(parts), *sums))]
+        loss = sum(loss.item() for loss, _ in sums)
+        jobs = [([{n: g[n] for n in names} for _, g in sums],) for names in self.owned]
+        grads, squares = zip(*self.workers.map(self.add_workers, jobs), strict=True)
+        return loss, math.sqrt(sum(square.item() for square in squares)), list(grads)
+
+    def updates(self, grads: list[Arrays], hyper: dict[str, float]) -> tuple[Arrays, ...]:
+        """(params, opt, average) after the step; each worker moves the parameters that it owns."""
+        scalars = {n: mx.array(value) for n, value in hyper.items()}
+        old = self.params, self.opt, self.average
+        moved = zip(*self.workers.map(self.move, [(g, *old, scalars) for g in grads]), strict=True)
+        new = [functools.reduce(operator.or_, parts) for parts in moved]
+        return tuple({n: b[n] for n in a} for a, b in zip(old, new, strict=True))
+
+    # These build the graphs that workers evaluate. A GPU compiles them: what changes between
+    # steps comes as an array, a Python number would be a constant.
+
+    def _add_microbatch(
+        self, quantised: bool, params: Arrays, before: tuple[Any, ...], batch: tuple[Array, ...]
     ) -> tuple[Array, Arrays]:
-        """(loss, gradients) of a piece of the step, added to those of the pieces before it.
+        """(loss, gradients) of a microbatch, added to those of the ones before it.
 
-        The gradients are those of the weighted loss; the loss is plain. batch: inputs, targets and
-        weights, each (B, T).
+        batch: inputs, targets and weights, each (B, T). The scale is such that the mean over the
+        ranks of all sums is the mean over the step's tokens.
         """
         x, y, w = batch
-        share = 1 / (self.windows * self.cfg.train_seq_len)
+        scale = self.ranks.count / self.tokens_per_step
 
         def loss(p: Arrays) -> tuple[Array, Array]:
-            p = fake_quantise(p, self.groups, self.cfg) if qat else p
+            p = fake_quantise(p, self.groups, self.cfg) if quantised else p
             self.model.update(tree_unflatten(list(p.items())))
             nll = self.model.nll(x, y)
-            return mx.sum(nll * w) * share, mx.sum(nll) * share
+            return mx.sum(nll * w) * scale, mx.sum(nll) * scale
 
         (_, plain), grads = mx.value_and_grad(loss)(params)
         if before:
             plain, grads = plain + before[0], {n: g + before[1][n] for n, g in grads.items()}
         return plain, grads
 
-    def _sums(self, parts: list[Arrays]) -> tuple[Arrays, Array]:
-        """Gradients of several workers -> (their sums, the squared norm of those)."""
+    def _add_workers(self, parts: list[Arrays]) -> tuple[Arrays, Array]:
+        """(the sum of several workers' gradients of the same parameters, its squared norm)."""
         sums = {n: sum((p[n] for p in parts[1:]), parts[0][n]) for n in parts[0]}
         return sums, sum((mx.sum(g * g) for g in sums.values()), mx.array(0.0))
 
-    def _updates(
-        self, params: Arrays, grads: Arrays, opt: Arrays, average: Arrays, hyper: Arrays
+    def _move(
+        self, grads: Arrays, params: Arrays, opt: Arrays, average: Arrays, hyper: Arrays
     ) -> tuple[Arrays, Arrays, Arrays]:
-        """(New values, optimizer state, average) of the parameters that have gradients here."""
+        """Clip, update, average: new (params, opt, average) of the parameters with gradients."""
         if self.cfg.grad_clip_norm:
             grads = {n: g * hyper["clip"] for n, g in grads.items()}
-        new, opt = apply_gradients(params, grads, opt, hyper, self.cfg)
+        new, opt = apply_gradients(params, grads, opt, hyper, self.groups, self.cfg)
         if not (self.cfg.ema_decay or self.cfg.use_swa):
             return new, opt, new
         rate = hyper["average"]
         return new, opt, {n: average[n] + rate * (new[n] - average[n]) for n in new}
 
-    def loss_weights(self, tokens: Any, step: int) -> Any:
-        """Complementary weights of a step's targets: (windows, T) float32."""
-        if self.bigrams is None:
-            return np.ones((len(tokens), tokens.shape[1] - 1), np.float32)
-        probability = self.bigrams[tokens[:, :-1], tokens[:, 1:]]
-        if self.cfg.complement_by == "contexts" and self.cfg.mixer == "logistic":
-            foreseen = self.data.step_foreseen(step, self.windows)
-            if self.ranks.count > 1:  # rank 0 packs, so it alone knows
-                foreseen = np.array(self.ranks.sum([mx.array(foreseen)]))
-            probability = np.where(foreseen > 0, foreseen, probability)
-        return complementary_weights(probability, self.cfg.complement_alpha)
-
-    def step_gradients(self, step: int, qat: bool) -> tuple[float, list[tuple[Arrays, Array]]]:
-        """Step number `step`'s (plain loss, [(gradients, their squared norm)] of each share)."""
-        tokens = self.data.step(step, self.windows)
-        whole = tokens[:, :-1], tokens[:, 1:], self.loss_weights(tokens, step)
-        arrays = [array[self.mine] for array in whole]
-        parts: list[tuple[Any, ...]] = [()] * len(self.rounds[0])
-        for pieces in self.rounds:
-            batches = [tuple(mx.array(a[piece]) for a in arrays) for piece in pieces]
-            jobs = [(self.params, *job) for job in zip(parts, batches, strict=False)]
-            eager = self.cfg.mlx_eager_eval
-            parts[: len(jobs)] = self.workers.map(self.gradients[qat], jobs, eager)
-        if self.ranks.count > 1:
-            parts = [self.ranks.sum(parts)]
-        jobs = [([{n: g[n] for n in share} for _, g in parts],) for share in self.shares]
-        return sum(p[0].item() for p in parts), self.workers.map(self.sums, jobs)
-
-    def compute(self, step: int, factor: float, averaged: int) -> tuple[Any, ...]:
-        """What step number `step` makes of the state: (params, opt, average, loss, norm)."""
-        cfg, old = self.cfg, (self.params, self.opt, self.average)
-        loss, summed = self.step_gradients(step, factor < cfg.late_qat_threshold)
-        norm = math.sqrt(sum(square.item() for _, square in summed))
-        hyper = {
-            "lr": factor, "momentum": momentum_at(step, cfg), "step": step + 1.0,
-            "clip": min(cfg.grad_clip_norm / (norm + 1e-12), 1.0),
-            "average": averaging_weight(averaged, cfg),
-        }  # fmt: skip
-        hyper = {n: mx.array(v) for n, v in hyper.items()}
-        jobs = [(self.params, grads, self.opt, self.average, hyper) for grads, _ in summed]
-        shares = self.workers.map(self.updates, jobs)
-        new = [functools.reduce(operator.or_, kind) for kind in zip(*shares, strict=True)]
-        return *({n: a[n] for n in b} for a, b in zip(new, old, strict=True)), loss, norm
-
     def warm_up(self) -> None:
-        """Compile and allocate by running steps whose results are thrown away."""
+        """Compile and allocate by taking steps and going back to the state before them."""
+        before = self.state()
         for _ in range(self.cfg.warmup_steps):
-            self.compute(0, 1.0, 0)
+            self.take_step()
+            self.take(*before)
         if self.cfg.late_qat_threshold and self.cfg.warmup_steps:
-            self.compute(0, 0.0, 0)
-
-    def advance(self) -> Event:
-        """Take one step; returns its train event. Raises RunFailed if it is not finite."""
-        begin = time.perf_counter()
-        averaging = progress(self.step, self.elapsed_s, self.cfg) >= self.cfg.ema_start_frac
-        averaged = self.averaged if averaging else 0
-        factor = lr_factor(self.step, self.elapsed_s, self.cfg)
-        params, opt, average, loss, norm = self.compute(self.step, factor, averaged)
-        if not (math.isfinite(loss) and math.isfinite(norm)):
-            raise RunFailed(
-                f"step {self.step + 1}: loss {loss}, gradient norm {norm}: stopped. Lower "
-                "MATRIX_LR, TIED_EMBED_LR or HASH_LR, or set GRAD_CLIP_NORM=1"
-            )
-        self.params, self.opt, self.average = params, opt, average
-        self.averaged = averaged + 1 if averaging else 0
-        self.step += 1
-        seconds = self.ranks.of_first(time.perf_counter() - begin)
-        self.elapsed_s += seconds
-        return {
-            "event": "train", "step": self.step, "train_loss": loss, "grad_norm": norm,
-            "lr_factor": factor, "train_time_ms": 1000 * self.elapsed_s,
-            "step_avg_ms": 1000 * self.elapsed_s / self.step,
-            "tok_s": self.windows * self.cfg.train_seq_len / seconds,
-        }  # fmt: skip
+            self.gradients(quantised=True)
 
     def finished(self) -> bool:
         """Whether the steps or the clock are used up."""
         return progress(self.step, self.elapsed_s, self.cfg) >= 1
 
-    def save(self) -> Path:
-        """Write rank 0's state to checkpoint/ in the run's folder, whole or not at all."""
-        path = self.report.checkpoint
-        if self.ranks.rank:
-            return path
-        path.parent.mkdir(exist_ok=True)
-        kinds = {"params": self.params, "opt": self.opt, "average": self.average}
-        arrays = {f"{kind}:{n}": a for kind, tree in kinds.items() for n, a in tree.items()}
-        meta = {n: getattr(self, n) for n in ("step", "elapsed_s", "averaged")}
-        meta = {"state": json.dumps(meta), "knobs": json.dumps(dataclasses.asdict(self.cfg))}
-        part = path.with_name("part.safetensors")
-        mx.save_safetensors(str(part), arrays, meta)
-        return part.replace(path)
+    def state(self) -> State:
+        """All that steps change."""
+        arrays = {"params": self.params, "opt": self.opt, "average": self.average}
+        return arrays, {"step": self.step, "elapsed_s": self.elapsed_s, "averaged": self.averaged}
 
-    def load(self) -> None:
-        """Take the state from checkpoint/. Raises UserError if the settings do not fit it."""
-        arrays, meta = mx.load(str(self.report.checkpoint), return_metadata=True)
-        saved = json.loads(meta["knobs"])
-        free = ("iterations", "max_wall", "warmdown", "resume", "checkpoint", "train_log")
-        free += ("eval_", "val_", "run_id", "out_dir", "audit", "mixer", "ngram_", "pack_")
-        for name, value in dataclasses.asdict(self.cfg).items():
-            if not name.startswith(free) and saved.get(name) != value:
-                raise UserError(f"RESUME=1: {name.upper()} was {saved.get(name)}, not {value}")
-        for kind in ("params", "opt", "average"):
-            setattr(self, kind, {n: arrays[f"{kind}:{n}"] for n in getattr(self, kind)})
-        for name, value in json.loads(meta["state"]).items():
-            setattr(self, name, value)
+    def take(self, arrays: dict[str, Arrays], counters: dict[str, float]) -> None:
+        """Go on from a state."""
+        vars(self).update(arrays, **counters)
 
-    def share(self) -> None:
-        """Take rank 0's state."""
+    def follow_rank_0(self) -> None:
+        """Go on from rank 0's state: unlike machines drift apart in the last bits."""
         if self.ranks.count > 1:
-            own = 0.0 if self.ranks.rank else 1.0
-            counts = mx.array([self.step, self.elapsed_s, self.averaged])
-            state = [self.params, self.opt, self.average, counts]
-            state = self.ranks.sum([tree_map(lambda a: a * own, state)])
-            self.params, self.opt, self.average, counts = state
-            step, self.elapsed_s, averaged = counts.tolist()
-            self.step, self.averaged = int(step), int(averaged)
+            arrays, counters = self.ranks.of_first(tree_map(mx.array, self.state()))
+            self.take(arrays, {n: value.item() for n, value in counters.items()})
+
+
+def gigaflops(workers: Workers) -> float:
+    """GFLOP/s of a 768-cube float32 matrix product in each worker at once."""
+    a = mx.random.normal((768, 768))
+    mx.eval(a)
+    for _ in range(2):  # the first touches memory
+        begin = time.perf_counter()
+        workers.map(mx.matmul, [(a, a)] * workers.count)
+    return workers.count * 2 * 768**3 / (time.perf_counter() - begin) / 1e9
 
 
 @contextlib.contextmanager
@@ -2258,9 +2308,10 @@ def interrupts() -> Iterator[threading.Event]:
             signal.signal(number, handler)
 
 
-def train(trainer: Trainer, validation: Validation) -> None:
-    """Run steps until the steps or the clock are used up; validate and log on the way."""
-    cfg, report, ranks = trainer.cfg, trainer.report, trainer.ranks
+def train(trainer: Trainer, report: Report, validate: Callable[[Trainer], None]) -> None:
+    """Take steps until the steps or the clock are used up; log, validate and save on the way."""
+    cfg, ranks, text = trainer.cfg, trainer.ranks, trainer.data.fingerprint()
+    saved = report.folder / CHECKPOINT if report.folder else Path()
 
     def due(every: int) -> bool:
         return bool(every) and trainer.step % every == 0
@@ -2268,7 +2319,7 @@ def train(trainer: Trainer, validation: Validation) -> None:
     try:
         with interrupts() as interrupted:
             while not trainer.finished():
-                event = trainer.advance()
+                event = trainer.take_step()
                 left = remaining_steps(trainer.step, trainer.elapsed_s, cfg)
                 soon = trainer.step == 20 or (trainer.step == 1 and left < 20)
                 if soon and left < cfg.warmdown_iters:
@@ -2276,19 +2327,22 @@ def train(trainer: Trainer, validation: Validation) -> None:
                     report.line(f"{warning}{left:.0f} steps are left: the learning rate falls now")
                 if due(cfg.train_log_every) or (cfg.train_log_every and trainer.step <= 5):
                     report.event(event, TRAIN_LINE)
-                if ranks.any(interrupted.is_set()):
+                # Each rank has settings of its own for what it keeps.
+                stop, save = ranks.any(interrupted.is_set(), due(cfg.checkpoint_every))
+                if stop:
                     raise RunFailed("stopped")
                 if due(cfg.val_loss_every) and not trainer.finished() and ranks.rank == 0:
-                    validation.during_training(trainer)
-                if due(cfg.checkpoint_every):
-                    trainer.share()  # unlike machines drift apart in the last bits
-                    trainer.save()
+                    validate(trainer)
+                if save:
+                    trainer.follow_rank_0()
+                if save and ranks.rank == 0:
+                    write_checkpoint(saved, trainer.state(), cfg, text)
     except RunFailed as error:
         if ranks.rank:
             raise
-        go_on = f"RESUME=1 RUN_ID={report.folder.name}"
-        saved = f"{trainer.save()} holds step {trainer.step}: {go_on}"
-        raise RunFailed(f"{error}; {saved}") from None
+        write_checkpoint(saved, trainer.state(), cfg, text)
+        go_on = f"{saved} holds step {trainer.step}: RESUME=1 RUN_ID={report.folder.name}"
+        raise RunFailed(f"{error}; {go_on}") from None
 
 
 # ==================================================================================================
@@ -2296,8 +2350,19 @@ def train(trainer: Trainer, validation: Validation) -> None:
 # ==================================================================================================
 
 
+def load_numba() -> Any:
+    """The module that compiles what context models do."""
+    try:
+        import numba
+    except ImportError:
+        raise UserError("context models need numba: pip install numba, or MIXER=off") from None
+    return numba
+
+
 class kernel:
     """A function that numba compiles when it is first called: importing it needs no numba."""
+
+    makes_arrays = True  # numba has to count the users of arrays
 
     def __init__(self, function: Callable[..., Any]) -> None:
         self.function = function
@@ -2305,18 +2370,30 @@ class kernel:
 
     @functools.cached_property
     def compiled(self) -> Any:
-        """The compiled function; machine code is kept on disk for the next run."""
-        try:
-            import numba
-        except ImportError:
-            raise UserError("context models need numba: pip install numba, or MIXER=off") from None
-        return numba.njit(nogil=True, cache=True)(self.function)
+        """The function as Python calls it; machine code is kept on disk for the next run."""
+        unchanged = script_unchanged()  # else it would be kept as the new file's code
+        return self.compile(nogil=True, cache=unchanged)
+
+    @functools.cached_property
+    def part(self) -> Any:
+        """The function as other kernels call it: it becomes a part of their machine code."""
+        return self.compile(forceinline=True)
+
+    def compile(self, **options: bool) -> Any:
+        """Let numba compile the function."""
+        return load_numba().njit(_nrt=self.makes_arrays, **options)(self.function)
 
     def __call__(self, *args: Any) -> Any:
         return self.compiled(*args)
 
     def __getattr__(self, name: str) -> Any:  # what numba asks of a function that another one calls
-        return getattr(self.compiled, name)
+        return getattr(self.part, name)
+
+
+class bare_kernel(kernel):
+    """A kernel that makes no array, and need not count users of arrays, which takes time."""
+
+    makes_arrays = False
 
 
 def net_nats(tokens: Any, logs: Any) -> Any:
@@ -2361,7 +2438,7 @@ class ContextModel:
     def begin(self, first: int) -> None:
         """Read the text's first token, which is not scored."""
 
-    def score(self, tokens: np.ndarray, logs: np.ndarray) -> np.ndarray:
+    def score(self, tokens: np.ndarray, logs: np.ndarray, coder: Any = None) -> np.ndarray:
         """Score the text's next tokens in order, and learn from each after it is scored.
 
         tokens (m,) int, logs (m, V) float32: the net's log-probabilities -> (m, 3) float64: nats
@@ -2379,132 +2456,120 @@ class ContextModel:
 
 
 # ==================================================================================================
-# N-GRAM MIXER: exact counts of the text already scored, mixed into the net's distribution
+# BACKOFF: exact counts of the text already scored, mixed into the net's distribution
 # ==================================================================================================
 
-# Every smoothing is one recursion over the orders k = 0, 1, .. of the context (order k: k tokens),
-#     p_k(v) = (max(c(v) - D, 0) + r q(v)) / (n - D m + r),    r = A V + B m,    p_{-1}(v) = 1 / V,
-# with c(v) the count of v in the context, n the sum and m the number of the counts above 0, and q
-# the shorter context's p_{k-1}, or 1 / V for `laplace`. Counts are whole and D <= 1, so the sum of
-# max(c(v) - D, 0) over all v is n - D m: p_k sums to 1, whatever was counted. Where a context has
-# no counts the recursion ends: the model backs off to the longest context that has some.
-SMOOTHINGS = {  # D, A, B, q is p_{k-1}, shorter contexts count distinct left neighbours
+# Both smoothings are one recursion over the orders k = 0, 1, .. of the context (order k: k tokens),
+#     p_k(v) = (max(c(v) - D, 0) + r q(v)) / (n - D m + r),    r = D m + A V,    p_{-1}(v) = 1 / V,
+# with c(v) the count of v in the context, n the sum and m the number of the counts above 0. r is
+# what q shares out: the shorter context's p_{k-1} if interpolated, else 1 / V. Counts are whole and
+# D <= 1, so the sum of max(c(v) - D, 0) over all v is n - D m: p_k sums to 1, whatever was counted.
+# The recursion ends where a context has no counts: the longest context that has some decides.
+SMOOTHINGS = {  # D, A, and whether it is interpolated
     # Kneser & Ney 1995, interpolated as by Chen & Goodman 1998, with one discount: c(v) is the
     # number of distinct tokens seen left of (context, v), unless the context is the longest. Alone,
     # D = 0.85 is best; beside a net, which knows better what else may come, it should be less.
-    "kneser-ney": (0.65, 0.0, 0.65, True, True),
-    # Witten & Bell 1991, method C, interpolated: a new kind of continuation is as likely as so far.
-    "witten-bell": (0.0, 0.0, 1.0, True, False),
+    "kneser-ney": {"discount": 0.65, "added": 0.0, "interpolated": True},
     # Additive, the longest context alone. Laplace's A = 1 drowns the counts of rare contexts.
-    "laplace": (0.0, 0.01, 0.0, False, False),
+    "laplace": {"discount": 0.0, "added": 0.01, "interpolated": False},
 }
+FIRST_ALPHA, FIRST_TOKENS = 0.25, 8.0  # a learned alpha at start, and how many tokens it is worth
 
 # A node is a string of tokens; its parent lacks the leftmost one, and node 0 is the empty string.
-# It is the pair (context, token) when its last token is scored and then the next token's context,
-# so that one chain of look-ups a token finds both. key: parent * V + leftmost token, compared in
-# full, so that ids are exact; place: hash of the string, where the table is searched for it; count:
-# c, as a pair; total, kinds: n and m, as a context. Places do not depend on ids, so that those of
-# all orders can be loaded at once, which hides memory's latency.
-NODE = np.dtype([("key", np.int64), ("place", np.uint32)]
-                + [(name, np.int32) for name in ("count", "total", "kinds")])  # fmt: skip
-FIRST_ALPHA, FIRST_TOKENS = 0.25, 8.0  # a learned alpha at start, and how many tokens it is worth
+# It is the pair (context, token) of its last token and then the context of the token after that.
+# The kernels' arguments:
+#     state: the tuple of
+#         table    (slots,) int32         hash table with open addressing: a node per slot, or 0
+#         nodes    (nodes at most,) NODE  key: parent * V + leftmost token, compared in full, which
+#                                         makes counts exact; count: c, of the node as a pair; total
+#                                         and kinds: n and m, of the node as a context
+#         now      (1,) NOW               nodes in use, tokens of the context, tokens learned
+#         contexts (order + 1,) int64     the node of the present context of each order
+#         weights  (10, 3 order + 3, 2)   float64, by the net's confidence and the trust in counts:
+#                                         sum of the n-gram model's shares, number of tokens
+#     fixed     (1,) FIXED    V, BOS, D, A and what else no token changes
+#     token     int64         the one that is scored or counted; tokens: (m,)
+#     net, top  (m,) float64  nats: the net's log-probability of each token, and of the likeliest
+NODE = np.dtype([("key", np.int64), *((name, np.int32) for name in ("count", "total", "kinds"))])
+NOW = np.dtype([(name, np.int64) for name in ("nodes", "depth", "learned")])
+FIXED = np.dtype([("vocab", np.int64), ("bos", np.int64), ("discount", np.float64),
+                  ("added", np.float64), ("interpolated", bool), ("adapts", bool)])  # fmt: skip
 
 
 @kernel
-def slot_of(slots, nodes, key, place):
-    """Where the node with this key stands in the open-addressing table, or its empty slot."""
-    mask = len(slots) - 1
-    at = np.int64(place) & mask
-    while slots[at] and nodes[slots[at]].key != key:
+def find_slot(table, nodes, key):
+    """Where the node with this key stands in the table, or the empty slot where it would."""
+    mask = len(table) - 1
+    at = np.int64(mix_hash(np.uint64(0), key) >> np.uint64(32)) & mask
+    while table[at] and nodes[table[at]].key != key:
         at = (at + 1) & mask
     return at
 
 
 @kernel
-def fill(slots, nodes, used):
+def enter_nodes(table, nodes, used):
     """Enter nodes 1 .. used - 1 into an empty table."""
     for i in range(1, used):
-        slots[slot_of(slots, nodes, nodes[i].key, nodes[i].place)] = i
+        table[find_slot(table, nodes, nodes[i].key)] = i
 
 
 @kernel
-def pair_places(state, token, vocab, places, found):
-    """Place of (context, token) for each order's context; what it finds there is loaded early."""
-    slots, nodes, head, path, _ = state
-    h = mix_hash(np.uint64(0), token)
-    for k in range(head[1] + 1):
-        if k:
-            h = mix_hash(h, nodes[path[k]].key % vocab)
-        places[k] = h >> np.uint64(32)
-        found[k] = slots[np.int64(places[k]) & (len(slots) - 1)]
-    for k in range(head[1] + 1):
-        found[k] = nodes[found[k]].count
-
-
-@kernel
-def ngram_probability(state, token, vocab, rule, places):
+def ngram_probability(state, token, fixed):
     """(p of `token`, trust in it: a number from the longest context with counts); changes nothing.
 
     trust = 3 * that context's order + 0, 1, 2 for continuations seen once, twice, more on average.
     """
-    slots, nodes, head, path, _ = state
-    discount, flat, per_kind, interpolated, _ = rule
+    table, nodes, now, contexts, _ = state
+    rule, vocab = fixed[0], fixed[0].vocab
     p, trust, pair = 1.0 / vocab, 0, 0
-    for k in range(head[1] + 1):
-        context = nodes[path[k]]
+    for k in range(now[0].depth + 1):
+        context = nodes[contexts[k]]
         if context.total == 0:  # then longer ones have none either
             break
         if k == 0 or pair:
-            step = context.key % vocab if k else token
-            pair = slots[slot_of(slots, nodes, pair * vocab + step, places[k])]
+            left = context.key % vocab if k else token
+            pair = table[find_slot(table, nodes, pair * vocab + left)]
         count = nodes[pair].count if pair else 0
-        rest = flat * vocab + per_kind * context.kinds
-        mass = max(count - discount, 0.0) + rest * (p if interpolated else 1.0 / vocab)
-        p = mass / (context.total - discount * context.kinds + rest)
+        rest = rule.added * vocab + rule.discount * context.kinds
+        mass = max(count - rule.discount, 0.0) + rest * (p if rule.interpolated else 1.0 / vocab)
+        p = mass / (context.total - rule.discount * context.kinds + rest)
         trust = 3 * k + min(context.total // context.kinds, 3) - 1
     return p, trust
 
 
 @kernel
-def learn(state, token, vocab, bos, distinct, places):
-    """Count `token` once in each of its contexts, then make it the context's newest token.
-
-    state: slots, nodes, head (nodes used, length of the context, tokens learned), path (the node of
-    the context of each order), weights. `distinct`: see SMOOTHINGS' last column;
-    places: see `pair_places`.
-    """
-    slots, nodes, head, path, _ = state
-    used, depth, learned = head
+def count_token(state, token, fixed):
+    """Count `token` once in each of its contexts, then make it the context's newest token."""
+    table, nodes, now, contexts, _ = state
+    vocab, depth = fixed[0].vocab, now[0].depth
     pairs, pair = np.empty(depth + 1, np.int64), 0
     for k in range(depth + 1):
-        key = pair * vocab + (nodes[path[k]].key % vocab if k else token)
-        at = slot_of(slots, nodes, key, places[k])
-        if slots[at] == 0:
-            slots[at], nodes[used].key, nodes[used].place = used, key, places[k]
-            used += 1
-        pair = pairs[k] = slots[at]
+        left = nodes[contexts[k]].key % vocab if k else token
+        slot = find_slot(table, nodes, pair * vocab + left)
+        if table[slot] == 0:
+            table[slot] = now[0].nodes
+            nodes[table[slot]].key = pair * vocab + left
+            now[0].nodes += 1
+        pair = pairs[k] = table[slot]
     fresh = True
     for k in range(depth, -1, -1):
-        counts = fresh or not distinct  # the left neighbour is new if the longer pair is
+        counts = fresh or not fixed[0].interpolated  # a new left neighbour makes a new longer pair
         fresh = nodes[pairs[k]].count == 0
         if counts:
             nodes[pairs[k]].count += 1
-            nodes[path[k]].total += 1
-            nodes[path[k]].kinds += fresh
-    depth = 1 if token == bos else min(depth + 1, len(path) - 1)
-    path[1 : depth + 1] = pairs[:depth]
-    head[:] = used, depth, learned + 1
+            nodes[contexts[k]].total += 1
+            nodes[contexts[k]].kinds += fresh
+    now[0].depth = 1 if token == fixed[0].bos else min(depth + 1, len(contexts) - 1)
+    contexts[1 : now[0].depth + 1] = pairs[: now[0].depth]
+    now[0].learned += 1
 
 
 @kernel
-def mix(state, tokens, net, top, alphabet, rule, learns, adapts):
-    """BackoffMixer.score with the net's log-probabilities of each token and of its likeliest."""
+def score_tokens(state, tokens, net, top, fixed):
+    """Score tokens and count each after it is scored; returns nats by net, n-grams, mixture."""
     weights, out = state[4], np.empty((len(tokens), 3))
-    places, found = np.zeros(len(state[3]), np.uint32), np.zeros(len(state[3]), np.int64)
-    vocab, bos = alphabet
     for i in range(len(tokens)):
-        pair_places(state, tokens[i], vocab, places, found)
-        p, trust = ngram_probability(state, tokens[i], vocab, rule, places)
+        p, trust = ngram_probability(state, tokens[i], fixed)
         odds, level = top[i] - math.log(max(1.0 - math.exp(top[i]), 1e-9)), 0
         for edge in range(-3, 6):
             level += odds >= edge
@@ -2512,9 +2577,8 @@ def mix(state, tokens, net, top, alphabet, rule, learns, adapts):
         alpha = weight[0] / weight[1]
         mixed = (1.0 - alpha) * math.exp(net[i]) + alpha * p
         out[i] = -net[i], -math.log(p), -math.log(mixed)
-        if learns:
-            learn(state, tokens[i], vocab, bos, rule[4], places)
-        if learns and adapts:
+        count_token(state, tokens[i], fixed)
+        if fixed[0].adapts:
             weight[0] += alpha * p / mixed
             weight[1] += 1.0
     return out
@@ -2534,97 +2598,194 @@ class BackoffMixer(ContextModel):
         self, vocab: int, bos: int, order: int, smoothing: str, alpha: float | None, capacity: int
     ) -> None:
         """vocab V; bos: its id; order: longest context, 1 to 8 tokens; capacity: tokens of text."""
-        self.alphabet, self.rule = (vocab, bos), SMOOTHINGS[smoothing]
-        self.adapts, self.capacity, self.most = alpha is None, capacity, 2 + capacity * (order + 1)
+        most = 2 + capacity * (order + 1)  # nodes
         if not (1 <= order <= 8 and 0 <= bos < vocab and 0 <= (alpha or 0) <= 1):
             raise ValueError(f"order {order}, BOS {bos} of {vocab}, alpha {alpha}: out of range")
-        if self.most >= 2**31 or self.most * vocab >= 2**63:
+        if most >= 2**31 or most * vocab >= 2**63:
             raise ValueError(f"{capacity} tokens of {vocab} at order {order}: too many to number")
-        nodes, slots = huge_zeros(self.most, NODE), np.zeros(4, np.int32)
-        path = np.zeros(order + 1, np.int64)
-        nodes["key"][1], path[1] = bos, 1
-        nodes["place"][1] = mix_hash(np.uint64(0), bos) >> np.uint64(32)
-        fill(slots, nodes, 2)
+        self.vocab, self.bos, self.capacity = vocab, bos, capacity
+        facts = {"vocab": vocab, "bos": bos, "adapts": alpha is None, **SMOOTHINGS[smoothing]}
+        self.fixed = np.array([tuple(facts[name] for name in FIXED.names)], FIXED)
+        nodes, contexts = huge_zeros(most, NODE), np.zeros(order + 1, np.int64)
+        nodes["key"][1], contexts[1] = bos, 1
         prior = (FIRST_ALPHA * FIRST_TOKENS, FIRST_TOKENS) if alpha is None else (alpha, 1.0)
-        self.state = slots, nodes, np.array([2, 1, 0]), path, np.full((10, 3 * order + 3, 2), prior)
+        weights = np.full((10, 3 * order + 3, 2), prior)
+        self.state = np.zeros(0, np.int32), nodes, np.array([(2, 1, 0)], NOW), contexts, weights
+        self.reserve(0)
 
     def reserve(self, tokens: int) -> None:
-        """Make room for so many more tokens; at least half of the slots stay empty."""
-        slots, nodes, head, path, weights = self.state
-        if head[2] + tokens > self.capacity:
-            raise ValueError(f"{head[2] + tokens} tokens, more than the {self.capacity} announced")
-        need = 2 * (int(head[0]) + tokens * len(path))
-        if need > len(slots):
-            slots = huge_zeros(1 << (need - 1).bit_length(), np.int32)
-            fill(slots, nodes, head[0])
-            self.state = slots, nodes, head, path, weights
+        """Make room for so many more tokens; at least half of the table stays empty."""
+        table, nodes, now, contexts, weights = self.state
+        if self.learned + tokens > self.capacity:
+            raise ValueError(f"{tokens} more tokens are more than the {self.capacity} announced")
+        need = 2 * (int(now["nodes"][0]) + tokens * len(contexts))
+        if need > len(table):
+            table = huge_zeros(1 << (need - 1).bit_length(), np.int32)
+            enter_nodes(table, nodes, now["nodes"][0])
+            self.state = table, nodes, now, contexts, weights
 
     def begin(self, first: int) -> None:
         """Read the text's first token, which is not scored. BOS says nothing: it is assumed."""
-        if first != self.alphabet[1]:
+        if first != self.bos:
             self.reserve(1)
-            orders = len(self.state[3])
-            places, found = np.zeros(orders, np.uint32), np.zeros(orders, np.int64)
-            pair_places(self.state, int(first), self.alphabet[0], places, found)
-            learn(self.state, int(first), *self.alphabet, self.rule[4], places)
+            count_token(self.state, first, self.fixed)
 
-    def score(self, tokens: Any, logs: Any, learns: bool = True) -> Any:
-        """Score the text's next tokens in order, each before it is learned.
-
-        tokens (m,) int32, logs (m, V) float32: the net's log-probabilities, taken as they are
-        -> (m, 3) float64 nats of each token: by the net, by the n-gram model, mixed.
-        `learns` False asks what each token would cost if it came next, and changes nothing.
-        """
-        if logs.shape != (len(tokens), self.alphabet[0]):
+    def score(self, tokens: np.ndarray, logs: np.ndarray, coder: None = None) -> np.ndarray:
+        """As the base says; the net's log-probabilities are taken as they are."""
+        if logs.shape != (len(tokens), self.vocab):
             raise ValueError(f"{logs.shape} log-probabilities for {len(tokens)} tokens")
-        if len(tokens) and not 0 <= tokens.min() <= tokens.max() < self.alphabet[0]:
-            raise ValueError(f"a token outside the vocabulary of {self.alphabet[0]}")
-        self.reserve(len(tokens) if learns else 0)
-        net = -net_nats(tokens, logs)
-        top, tokens = logs.max(axis=1).astype(np.float64), tokens.astype(np.int64)
-        return mix(self.state, tokens, net, top, self.alphabet, self.rule, learns, self.adapts)
+        if len(tokens) and not 0 <= tokens.min() <= tokens.max() < self.vocab:
+            raise ValueError(f"a token outside the vocabulary of {self.vocab}")
+        self.reserve(len(tokens))
+        net, top = -net_nats(tokens, logs), logs.max(axis=1).astype(np.float64)
+        return score_tokens(self.state, tokens.astype(np.int64), net, top, self.fixed)
 
     @property
     def learned(self) -> int:
-        """Tokens learned so far."""
-        return int(self.state[2][2])
-
-    def save(self) -> tuple[Any, ...]:
-        """A copy of all that scoring changes."""
-        return tuple(array.copy() for array in self.state)
-
-    def restore(self, state: tuple[Any, ...]) -> None:
-        """Go back to what `save` returned, which stays good for another time."""
-        self.state = tuple(array.copy() for array in state)
+        """How many tokens it has learned from."""
+        return int(self.state[2]["learned"][0])
 
 
 # ==================================================================================================
-# LOGISTIC MIXER: a token is a path of binary decisions; experts are mixed at each, as logits
+# LOGISTIC: a token is a path of binary decisions; experts are mixed at each, as logits
 # ==================================================================================================
 
+# After Mahoney's PAQ and lpaq. THE PATH. The tokens are the leaves of a balanced binary tree. Its
+# nodes are numbered like a heap's: the root is 1, node n has the children 2n and 2n + 1. A token of
+# 1,024 is a path of ten decisions, 0 for left and 1 for right. The mixer gives each decision a
+# probability that is made of the past and of the path so far; the token's probability is their
+# product. So the probabilities of all tokens sum to 1, whatever the experts say.
+# THE EXPERTS. A slot expert has a context, e.g. the last two tokens. A hash of the context and of
+# every third node of the path finds a SLOT in a table: 16 bytes, which are a tag and 7 cells, one
+# for each node of three levels. A CELL is what was seen at the node: 12 bits of logit and 4 of
+# count. A candidate expert lists the last seven tokens that followed its context. The match expert
+# finds where the last tokens occurred before, and expects what followed there.
+# THE MAPS. What an expert says need not be true. A MAP has a cell for everything that an expert can
+# say (22 bits of probability, 10 of count), which learns how often a 1 followed when it was said.
+# THE MIX. The inputs are logits, ln(p / (1 - p)). Their weights are the sum of six rows, one out of
+# each WEIGHT SET; a set chooses its row by what is known, e.g. by the node, or by the last token.
+# The mixed logit is refined by two more maps. Two JUDGES do this side by side, each with weights
+# and maps of its own: judge 0 hears the contexts alone, judge 1 the net as well.
+#
+# ONE DECISION. The path so far is right of left, 0 1, so the node is 5 and the level 2. The slot of
+# "order 2" was found at level 0; its cell 5 holds logit 2.0 (2,560: 256ths from -8) and count 3.
+#  1. The expert's inputs are 2.0 and, from the map's cell for count 3 and logit 2.0, say 1.6.
+#     The net's input is the logit of its mass below node 11 over its mass below node 5.
+#  2. Six rows of weights, added and multiplied by the inputs, give the mixed logit 1.2: p = 0.77.
+#     The two refining maps say 0.80 for such a logit, so p = (0.77 + 0.80) / 2 = 0.78.
+#  3. The bit is 1. The coder keeps the lower 0.78 of its interval; that costs 0.35 bits.
+#  4. Learning: the six rows move along the inputs by a rate times the error 1 - 0.77. The cells of
+#     all maps that were asked move towards 1 by 1 / (count + 1.5) of the way. So does the slot's
+#     cell, from p = 0.88 to 0.91: its logit is then 2.28, its count 4. The node is now 11.
+#
 # Encoder and decoder must agree to the bit on every machine. So all that priming learns from is
 # integers, or single float32 operations in a fixed order; logarithms of tables are `decimal`'s,
 # which rounds correctly everywhere. No compiler may fuse or reorder them: no `fastmath` here.
+#
+# The kernels share three bundles of arrays: `fixed`, which no text changes, `past`, which learns
+# from the text, and `now`, which is about one token and one decision.
+
+
+class Fixed(NamedTuple):
+    """What no text changes: tables and the tree. L: levels of the tree, V: tokens."""
+
+    stretch: np.ndarray  # (4096,) float32: logit of a probability in 4096ths
+    squash: np.ndarray  # (6145,) int32: probability in 65,536ths of a logit in 256ths, from -12
+    after_one: np.ndarray  # (65536,) uint16: a slot's cell -> its logit after a 1, count bits 0
+    rate: np.ndarray  # (1024,) int64: 1 / (count + 1.5) in 65,536ths
+    advance: np.ndarray  # (16,) int64: chance in 65,536ths that a slot's count goes on
+    evidence: np.ndarray  # (2048,) int64: candidates' counts -> 0 .. 9
+    leaf: np.ndarray  # (V,) int64: a token's path, its first decision the highest bit
+    token: np.ndarray  # (2^L,) int64: the token at a leaf, or -1
+    inside: np.ndarray  # (2^(L+1),) int64: tokens below each node
+    starts: np.ndarray  # (V,) bool: the piece starts a word
+    slot_rows: np.ndarray  # (SLOTS, 5) int64: see `context_rows`
+    candidate_rows: np.ndarray  # (CANDIDATES, 5) int64
+    first_row: np.ndarray  # (SETS,) int64: where each weight set's rows begin
+    levels: int  # L
+    bos: int  # token that starts a document
+
+
+class Past(NamedTuple):
+    """What the text has taught; a copy of it is a copy of the mixer."""
+
+    slots: np.ndarray  # (n, 8) uint16: a tag, then a cell for each of 7 nodes
+    candidates: np.ndarray  # (n, 8) uint32: a tag, then 7 leaves << 16 | count, most recent first
+    maps: np.ndarray  # (L, MAP_CELLS) uint32: 22 bits of probability, 10 of count
+    weights: np.ndarray  # (2, rows of all sets, WIDTH) float32, per judge
+    visits: np.ndarray  # (2, rows of all sets) float32: how often each row has learned
+    apm: np.ndarray  # (2, 2^L + hashed, 33) uint32: cells by mixed logit; rows by node, by hash
+    repeats: np.ndarray  # (2^n,) int32: the position after the last text of SHORTEST_MATCH tokens
+    history: np.ndarray  # (capacity,) int32: the tokens so far
+    words: np.ndarray  # (2,) uint64: hashes of the current word and the one before
+    marks: np.ndarray  # (1,) MARKS
+
+
+class Now(NamedTuple):
+    """What is known of one token and, below, of one of its decisions."""
+
+    slot_keys: np.ndarray  # (SLOTS,) uint64: hash of each expert's context
+    slot_hashes: np.ndarray  # (SLOTS,) uint64: hash of it and the node where the slot begins
+    slot: np.ndarray  # (SLOTS,) int64: row of `slots`
+    candidate_hashes: np.ndarray  # (CANDIDATES,) uint64
+    found: np.ndarray  # (CANDIDATES,) int64: row of `candidates`
+    mass: np.ndarray  # (2^(L+1),) int64: the net's probability below each node, in 2^-30
+    cost: np.ndarray  # (2,) float64: nats of the path so far, per judge
+    inputs: np.ndarray  # (2, WIDTH) float32 logits, per judge
+    map_at: np.ndarray  # (EXPERTS,) int64: the expert's cell in its level's maps, -1 if silent
+    set_rows: np.ndarray  # (SETS,) int64: the row of `weights` of each weight set
+    products: np.ndarray  # (WIDTH,) float32
+    mixed: np.ndarray  # (2,) float32: mixed logit per judge, within 11.9 of 0
+    apm_rows: np.ndarray  # (2,) int64: the rows of `apm` that refine it
+    apm_column: np.ndarray  # (2,) int64: the column that learns, per judge
+    p: np.ndarray  # (2,) int64: probability of a 1 in 65,536ths, per judge
+    here: np.ndarray  # (1,) DECISION
+
+
+MARKS = np.dtype([
+    ("tokens", np.int64),  # how many were learned
+    ("document", np.int64),  # position of its BOS
+    ("match_at", np.int64),  # position of the token that the match expects
+    ("match_length", np.int64),  # tokens, 0 if there is no match
+    ("joined", np.int64),  # 1 once the net takes part
+])  # fmt: skip
+DECISION = np.dtype([
+    ("last", np.int64),  # token t-1
+    ("second_last", np.int64),  # token t-2
+    ("age", np.int64),  # logarithm, to the base 4, of the document's length so far: 0 .. 7
+    ("expected", np.int64),  # node of the leaf that the match expects, or -1
+    ("judges", np.int64),  # 1, or 2 with the net
+    ("node", np.int64),
+    ("level", np.int64),  # of the node, 0 at the root
+    ("cell", np.int64),  # of the node in its slot, 1 .. 7
+    ("seen", np.int64),  # slot experts whose cell has a count
+    ("touched", np.int64),  # a sum that nobody reads
+])  # fmt: skip
+
+# --------------------------------------------------------------------------------------------------
+# The experts. A new context is a row; a new kind of expert is a row of KINDS and a box below.
 
 
 class Context(NamedTuple):
-    """What a slot or candidate expert knows of the past; a row more is an expert more.
+    """What a slot or candidate expert knows of the past.
 
     tokens: bit k is set if token t-1-k counts. words: 1 the tokens since the last piece that starts
     a word, 2 that and the word before it. document: counts end with the document.
+    chooses: the slot's count helps to choose a row of weights.
     """
 
     name: str
     tokens: int = 0
     words: int = 0
     document: bool = False
+    chooses: bool = False
 
 
 SLOT_CONTEXTS = (
     Context("order 1", tokens=0b1),
-    Context("order 2", tokens=0b11),
-    Context("order 3", tokens=0b111),
-    Context("word", words=1),
+    Context("order 2", tokens=0b11, chooses=True),
+    Context("order 3", tokens=0b111, chooses=True),
+    Context("word", words=1, chooses=True),
     Context("word pair", words=2),
     Context("document", document=True),
     Context("document, order 1", tokens=0b1, document=True),
@@ -2632,22 +2793,25 @@ SLOT_CONTEXTS = (
 )
 CANDIDATE_CONTEXTS = (Context("candidates, order 4", tokens=0b1111),)
 SLOTS, CANDIDATES = len(SLOT_CONTEXTS), len(CANDIDATE_CONTEXTS)
-EXPERTS = SLOTS + CANDIDATES + 1  # and the match
-# Inputs of a decision: each slot's own logit and what such cells meant so far, each candidate
-# expert's, the match's, the net's and a bias. A row of weights is padded for vector instructions.
-FIRST_CANDIDATE, MATCH = 2 * SLOTS, 2 * SLOTS + CANDIDATES
-NET, BIAS = MATCH + 1, MATCH + 2
-WIDTH = -(-(BIAS + 1) // 8) * 8
-LEVELS = 3  # decisions that share a slot: a tag and 7 nodes are 16 bytes
-WAYS = 4  # rows of a table in which a key may be: 4 slots are a cache line
-UNSEEN = 2048 << 4  # a slot's cell: 12 bits of logit, in 256ths from -8; 4 of a count's logarithm
-COUNTED = tuple(a for a, c in enumerate(SLOT_CONTEXTS) if c.name in ("order 2", "order 3", "word"))
-SETS = 6  # weight sets, see `choose_sets`
-SCORE, ENCODE, DECODE = 0, 1, 2
-TOKENS, DOCUMENT, MATCH_AT, MATCH_LENGTH, JOINED = range(5)  # what `Mixer.now` holds
+KINDS = (  # experts; inputs of a decision; cells of their maps per level
+    (SLOTS, 2 * SLOTS, SLOTS * 512),
+    (CANDIDATES, CANDIDATES, CANDIDATES * 200),
+    (1, 1, 128),  # the match
+)
+FIRST_CANDIDATE, MATCH, EXPERTS = itertools.accumulate(kind[0] for kind in KINDS)
+CANDIDATE_INPUT, MATCH_INPUT, NET = itertools.accumulate(kind[1] for kind in KINDS)
+CANDIDATE_MAP, MATCH_MAP, MAP_CELLS = itertools.accumulate(kind[2] for kind in KINDS)
+BIAS = NET + 1
+WIDTH = -(-(BIAS + 1) // 8) * 8  # inputs, padded for vector instructions
+
+# --------------------------------------------------------------------------------------------------
+# Tables and the cells of maps
+
+COUNTS = np.array([0, 1, 2, 3, 4, 5, 6, 7, 8, 10, 13, 17, 22, 30, 40, 60])  # of a slot's 4 bits
+MAP_LIMIT = 1023  # count up to which a map's cell slows down
 
 
-def logit_tables() -> tuple[Any, Any]:
+def logit_tables() -> tuple[np.ndarray, np.ndarray]:
     """(stretch (4096,) float32: ln(p / (1-p)) of p in 4096ths; logistic (6145,) int64: its inverse
     in 2^-32, of -12 .. 12 in 256ths). Correctly rounded, so the same on every machine."""
     with decimal.localcontext() as context:
@@ -2659,500 +2823,64 @@ def logit_tables() -> tuple[Any, Any]:
     return np.array(stretch, np.float32), np.array(logistic, np.int64)
 
 
-STRETCH, LOGISTIC = logit_tables()
-SQUASH = np.clip(LOGISTIC >> 16, 1, 65535).astype(np.int32)
-RATE = (65536 * 2 // (2 * np.arange(1024) + 3)).astype(np.int64)  # 1 / (n + 1.5)
-COUNTS = np.array([0, 1, 2, 3, 4, 5, 6, 7, 8, 10, 13, 17, 22, 30, 40, 60])  # of a cell's 4 bits
-ADVANCE = np.append(65536 // np.diff(COUNTS), 0)  # chance, in 65,536ths, that they go on
-EVIDENCE_BUCKET = np.searchsorted([1, 2, 3, 4, 5, 7, 10, 16, 32], np.arange(2048), "right")
-MAP_LIMIT, APM_LIMIT = 1023, 250  # counts up to which cells slow down
-FIRST_RATE, LAST_RATE, FADE = np.float32(0.005), np.float32(0.0002), np.float32(0.003)
-NET_WEIGHT, OTHERS = np.float32(0.3), np.float32(0.75)  # when the net joins: its weight, theirs
-LONGEST_MATCH, SHORTEST_MATCH = 32, 7
-
-
-def cells(probability: Any) -> Any:
-    """Cells of 22 bits of probability and 10 of count, 0, from 65,536ths."""
-    return (np.asarray(probability, np.int64) << 16).astype(np.uint32)
-
-
-def cells_after_1() -> Any:
-    """(65536,) uint16: a slot's cell -> its logit after a 1, its count's bits 0."""
-    p, out = LOGISTIC[1024 : 1024 + 4096], np.zeros((4096, 16), np.uint16)
+@functools.cache
+def mixer_tables() -> dict[str, np.ndarray]:
+    """The first fields of `Fixed`."""
+    stretch, logistic = logit_tables()
+    p, after_one = logistic[1024 : 1024 + 4096], np.zeros((4096, 16), np.uint16)
     for bits, n in enumerate(COUNTS.tolist()):
         to = p + (2**32 - p) * 2 // (2 * n + 3)  # by 1 / (n + 1.5) of the way
         at = np.clip(np.searchsorted(p, to), 1, 4095)
-        out[:, bits] = (at - (p[at] - to > to - p[at - 1])) << 4
-    return out.reshape(-1)
+        after_one[:, bits] = (at - (p[at] - to > to - p[at - 1])) << 4
+    return {
+        "stretch": stretch,
+        "squash": np.clip(logistic >> 16, 1, 65535).astype(np.int32),
+        "after_one": after_one.reshape(-1),
+        "rate": 65536 * 2 // (2 * np.arange(1024) + 3),
+        "advance": np.append(65536 // np.diff(COUNTS), 0),
+        "evidence": np.searchsorted([1, 2, 3, 4, 5, 7, 10, 16, 32], np.arange(2048), "right"),
+    }
 
 
-AFTER_1 = cells_after_1()
+def map_cells(probability: np.ndarray | list) -> np.ndarray:
+    """Probabilities in 65,536ths -> uint32 cells of 22 bits of probability and 10 of count, 0."""
+    return (np.asarray(probability, np.int64) << 16).astype(np.uint32)
 
 
-class Mixer(NamedTuple):
-    """All of a mixer's state as arrays, so that compiled code can take it and a copy is a copy.
-
-    What mixes has two heads: one for the contexts alone, one that also hears the net.
-    """
-
-    slot_rows: Any  # (SLOTS, 5) int64: a Context's numbers, then first row and rows of its region
-    candidate_rows: Any  # (CANDIDATES, 5) int64
-    leaf: Any  # (V,) int64: a token's path through the tree, its first decision the highest bit
-    token: Any  # (2^L,) int64: the token at a leaf, or -1
-    inside: Any  # (2^(L+1),) int64: tokens below each node
-    starts: Any  # (V,) bool: the piece starts a word
-    slots: Any  # (n, 8) uint16: a tag, then a cell for each of 7 nodes
-    candidates: Any  # (n, 8) uint32: a tag, then 7 leaves << 16 | count, most recent first
-    maps: Any  # cells by expert, level and what the expert says: what it meant so far
-    weights: Any  # (2, rows of all sets, WIDTH) float32
-    visits: Any  # (2, rows of all sets) float32: how often each row has learned
-    apm: Any  # (2, rows * 33) cells by mixed logit; rows: the nodes, hashes of t-1 and a node
-    repeats: Any  # (2^n,) int32: the position after the last text of SHORTEST_MATCH tokens
-    history: Any  # (capacity,) int32: the tokens so far
-    now: Any  # (5,) int64: tokens so far, document's start, match's place and length, net joined
-    words: Any  # (2,) uint64: hashes of the current word and the one before
+@bare_kernel
+def map_logit(fixed, cell):
+    """The logit of a map's cell."""
+    return fixed.stretch[cell >> np.uint32(20)]
 
 
-@kernel
-def learn_bit(cells, at, bit, limit):
-    """Move a cell's probability towards the bit by 1 / (count + 1.5)."""
+@bare_kernel
+def squashed(fixed, x):
+    """Logit, float32, within 12 of 0 -> probability in 65,536ths, 1 .. 65,535."""
+    return fixed.squash[np.int64((x + np.float32(12)) * np.float32(256) + np.float32(0.5))]
+
+
+@bare_kernel
+def learn_cell(fixed, cells, at, bit, limit):
+    """Move the probability of a map's cell towards the bit by 1 / (count + 1.5) of the way."""
     n, p = np.int64(cells[at] & np.uint32(1023)), np.int64(cells[at] >> np.uint32(10))
-    p += ((bit * 4194303 - p) * RATE[n]) >> 16
+    p += ((bit * 4194303 - p) * fixed.rate[n]) >> 16
     cells[at] = np.uint32((p << 10) | min(n + 1, limit))
 
 
-@kernel
-def learn_slots(slots, slot, at, bit, dice):
-    """The same for the slots' cells; their counts go on by chance, so that 4 bits can count far."""
-    for a in range(SLOTS):
-        cell = np.int64(slots[slot[a], at])
-        count = cell & 15
-        if bit:
-            after = np.int64(AFTER_1[cell])
-        else:  # the mirror image; no logit is the least, which has none
-            after = 65536 - np.int64(AFTER_1[65536 - cell + 2 * count])
-        slots[slot[a], at] = after | (count + (dice < ADVANCE[count]))
-
-
-@kernel
-def stretched(cell):
-    """ln(p / (1-p)) of a cell with 22 bits of probability."""
-    return STRETCH[cell >> np.uint32(20)]
-
-
-@kernel
-def squashed(x):
-    """Logit, float32, within 12 of 0 -> probability in 65,536ths, 1 .. 65,535."""
-    return SQUASH[np.int64((x + np.float32(12)) * np.float32(256) + np.float32(0.5))]
-
-
-@kernel
-def clamp(x):
-    """A logit that `squashed` can take."""
-    return min(max(x, np.float32(-11.9)), np.float32(11.9))
-
-
-@kernel
-def recent(history, now, back, bos):
-    """Token t - back, or BOS where that lies before the document."""
-    at = now[TOKENS] - back
-    return np.int64(history[at]) if at >= now[DOCUMENT] and at >= 0 else bos
-
-
-@kernel
-def context_keys(rows, history, now, words, bos, keys):
-    """64-bit key of each Context's row: it is of the past alone."""
-    for a in range(len(rows)):
-        row = rows[a]
-        h = mix_hash(np.uint64(1 << 40), row[0] | row[1] << 8 | row[2] << 12)
-        for back in range(8):
-            if row[0] >> back & 1:
-                h = mix_hash(h, recent(history, now, back + 1, bos))
-        for k in range(row[1]):
-            h = mix_hash(h, words[k])
-        keys[a] = mix_hash(h, now[DOCUMENT]) if row[2] else h
-
-
-@kernel
-def touch(table, rows, keys, node, hashes, at):
-    """The first place of each row's key at a node.
-
-    It loads them all, in flight at once, which hides memory's latency; the sum keeps the compiler
-    from leaving the loads out.
-    """
-    total = np.uint32(0)
-    for a in range(len(rows)):
-        h = hashes[a] = mix_hash(keys[a], node)
-        place = rows[a, 3] + ((np.int64(h & np.uint64(0xFFFFFFFF)) * rows[a, 4]) >> 32)
-        at[a] = place & ~(WAYS - 1)
-        total += np.uint32(table[at[a], 0])
-    return total
-
-
-@kernel
-def find(table, hashes, at, used, blank):
-    """From each key's first place to where it is; the least used row is cleared for a new key.
-
-    used: the bits of a row's first cell that count.
-    """
-    for a in range(len(at)):
-        tag, first = np.int64(hashes[a] >> np.uint64(48)) | 1, at[a]
-        place = least = first
-        while place < first + WAYS and np.int64(table[place, 0]) != tag:
-            if np.int64(table[place, 1]) & used < np.int64(table[least, 1]) & used:
-                least = place
-            place += 1
-        if place == first + WAYS:
-            place, row = least, table[least]
-            row[0] = tag
-            for k in range(1, 8):
-                row[k] = blank
-        at[a] = place
-
-
-@kernel
-def slot_inputs(slots, maps, slot, at, level, levels, x, said):
-    """Two inputs an expert: its cell, and what cells like it meant so far; returns those seen."""
-    seen = 0
-    for a in range(SLOTS):
-        cell = np.int64(slots[slot[a], at])
-        x[2 * a] = np.float32((cell >> 4) - 2048) * np.float32(1 / 256)
-        x[2 * a + 1], said[a] = np.float32(0), -1
-        if cell & 15:
-            said[a] = (a * levels + level) * 512 + (cell & 15) * 32 + (cell >> 11)
-            x[2 * a + 1] = stretched(maps[said[a]])
-            seen += 1
-    return seen
-
-
-@kernel
-def candidate_inputs(candidates, maps, found, node, level, levels, x, said):
-    """An input an expert, from the counts of the candidates below each side of the node."""
-    for c in range(CANDIDATES):
-        n0, n1, newest = 0, 0, -1
-        for m in range(1, 8):
-            entry = candidates[found[c], m]
-            if entry == 0:
-                break
-            leaf = np.int64(entry >> np.uint32(16)) | 1 << levels
-            if leaf >> (levels - level) == node:
-                bit = leaf >> (levels - level - 1) & 1
-                newest = bit if newest < 0 else newest
-                n0 += np.int64(entry & np.uint32(0xFFFF)) * (1 - bit)
-                n1 += np.int64(entry & np.uint32(0xFFFF)) * bit
-        x[FIRST_CANDIDATE + c], said[SLOTS + c] = np.float32(0), -1
-        if newest >= 0:
-            pair = EVIDENCE_BUCKET[n0] * 10 + EVIDENCE_BUCKET[n1]
-            at = SLOTS * levels * 512 + ((c * levels + level) * 100 + pair) * 2 + newest
-            x[FIRST_CANDIDATE + c], said[SLOTS + c] = stretched(maps[at]), at
-
-
-@kernel
-def match_input(maps, foretold, length, node, level, levels, x, said):
-    """An input from the token that followed the match; foretold: its leaf's node, or -1."""
-    x[MATCH], said[EXPERTS - 1] = np.float32(0), -1
-    if foretold >> (levels - level) == node:
-        bit, first = foretold >> (levels - level - 1) & 1, SLOTS * 512 + CANDIDATES * 200
-        at = first * levels + (level * 64 + min(length, 63)) * 2 + bit
-        x[MATCH], said[EXPERTS - 1] = stretched(maps[at]), at
-
-
-@kernel
-def choose_sets(slots, slot, at, node, level, levels, seen, before, before_2, age, sets):
-    """Rows of weights for a decision, one of each set, the sets one after the other."""
-    leaves, counts = 1 << levels, 0
-    for a in COUNTED:
-        counts = counts * 8 + (np.int64(slots[slot[a], at]) & 15) // 2
-    sets[0] = node
-    sets[1] = leaves + before_2
-    sets[2] = 2 * leaves + before * 8 + min(level, 7)
-    sets[3] = 10 * leaves + age * leaves + node
-    sets[4] = 18 * leaves + level * (SLOTS + 1) + seen
-    sets[5] = 18 * leaves + levels * (SLOTS + 1) + counts
-
-
-@kernel
-def mix_inputs(weights, sets, x, products):
-    """The mixed logit: x times the sum of the sets' rows. Vectors fit every loop but the last."""
-    row = weights[sets[0]]
-    for j in range(len(products)):
-        products[j] = row[j]
-    for k in range(1, SETS):
-        row = weights[sets[k]]
-        for j in range(len(products)):
-            products[j] += row[j]
-    for j in range(len(products)):
-        products[j] *= x[j]
-    a = b = c = d = np.float32(0)
-    for j in range(0, WIDTH, 4):  # one order on every machine
-        a += products[j]
-        b += products[j + 1]
-        c += products[j + 2]
-        d += products[j + 3]
-    return clamp((a + b) + (c + d))
-
-
-@kernel
-def learn_weights(weights, visits, sets, x, error):
-    """A gradient step for each of the sets' rows, smaller the more it has taken."""
-    for k in range(SETS):
-        row, n = weights[sets[k]], visits[sets[k]]
-        visits[sets[k]] = n + np.float32(1)
-        step = error * max(LAST_RATE, FIRST_RATE / (np.float32(1) + n * FADE))
-        for j in range(len(x)):  # a length unknown to the compiler: it makes vectors of this loop
-            row[j] += step * x[j]
-
-
-@kernel
-def refine(apm, rows, mixed, at):
-    """Two adaptive probability maps of the mixed logit, interpolated; half the weight is theirs.
-
-    rows: where their rows begin; at: the two cells to learn from, set here. Returns a probability
-    in 65,536ths.
-    """
-    place = min(max((mixed + np.float32(8)) * np.float32(2), np.float32(0)), np.float32(31.99))
-    low, total = np.int64(place), np.float32(0)
-    high = place - np.float32(low)
-    for k in range(2):
-        cell = rows[k] + low
-        a = np.float32(apm[cell] >> np.uint32(10)) * (np.float32(1) - high)
-        total += a + np.float32(apm[cell + 1] >> np.uint32(10)) * high
-        at[k] = cell + (high >= np.float32(0.5))
-    p = np.float32(squashed(mixed)) * np.float32(0.5) + total * np.float32(0.25 / 64)
-    return min(max(np.int64(p), 1), 65535)
-
-
-@kernel
-def code_bit(coder, buffer, mode, p, bit):
-    """Carry-less binary arithmetic coding (as in lpaq), p in 65,536ths; returns the bit.
-
-    coder (4,) uint64: low, high, the decoder's window, the position in the buffer of bytes.
-    """
-    span = coder[1] - coder[0]
-    middle = coder[0] + ((span * np.uint64(p)) >> np.uint64(16))
-    if mode == DECODE:
-        bit = np.int64(coder[2] <= middle)
-    if bit:
-        coder[1] = middle
-    else:
-        coder[0] = middle + np.uint64(1)
-    while (coder[0] ^ coder[1]) & np.uint64(0xFF000000) == 0:
-        at = np.int64(coder[3])
-        if mode == ENCODE:
-            buffer[at] = coder[1] >> np.uint64(24)
-        else:
-            byte = np.uint64(buffer[at]) if at < len(buffer) else np.uint64(0)
-            coder[2] = (coder[2] << np.uint64(8)) & np.uint64(0xFFFFFFFF) | byte
-        coder[3] += np.uint64(1)
-        coder[0] = (coder[0] << np.uint64(8)) & np.uint64(0xFFFFFFFF)
-        coder[1] = (coder[1] << np.uint64(8)) & np.uint64(0xFFFFFFFF) | np.uint64(255)
-    return bit
-
-
-@kernel
-def sum_tree(leaf, row, mass):
-    """The net's row (V,), in 2^-30, summed below every node of the tree."""
-    leaves = len(mass) // 2
-    mass[leaves:] = 0
-    for v in range(len(row)):
-        mass[leaves + leaf[v]] = np.int64(row[v]) + 1
-    for node in range(leaves - 1, 0, -1):
-        mass[node] = mass[2 * node] + mass[2 * node + 1]
-
-
-@kernel
-def remember(candidates, found, leaf, token, starts, history, now, words, bos):
-    """After a token: candidates, history, words, document."""
-    for c in range(CANDIDATES):
-        row, m = candidates[found[c]], 1
-        while m < 7 and row[m] and np.int64(row[m] >> np.uint32(16)) != leaf:
-            m += 1
-        known = row[m] != 0 and np.int64(row[m] >> np.uint32(16)) == leaf
-        count = np.int64(row[m] & np.uint32(0xFFFF)) if known else 0
-        for k in range(m, 1, -1):
-            row[k] = row[k - 1]
-        for k in range(2, 8):  # new evidence fades the rest
-            old = np.int64(row[k] & np.uint32(0xFFFF))
-            if old > 2:
-                row[k] -= np.uint32((old + 1) >> 2)
-        row[1] = np.uint32((leaf << 16) | min(count + 1, 255))
-    n = now[TOKENS]
-    history[n] = token
-    now[TOKENS] = n + 1
-    if token == bos:
-        now[DOCUMENT], words[0], words[1] = n, 1 << 50, 1 << 50
-    elif starts[token]:
-        words[1], words[0] = words[0], mix_hash(np.uint64(5 << 40), token)
-    else:
-        words[0] = mix_hash(words[0], token)
-
-
-@kernel
-def follow_match(history, now, repeats, token):
-    """Keep the match if it foretold the token, else look for the last place of this text."""
-    n = now[TOKENS]
-    if now[MATCH_LENGTH] and history[now[MATCH_AT]] == token:
-        now[MATCH_AT] += 1
-        now[MATCH_LENGTH] += 1
-    else:
-        now[MATCH_LENGTH] = 0
-    if n < SHORTEST_MATCH:
-        return
-    h = np.uint64(9)
-    for k in range(1, SHORTEST_MATCH + 1):
-        h = mix_hash(h, history[n - k])
-    at, length = np.int64(h >> np.uint64(20)) & (len(repeats) - 1), 0
-    before = np.int64(repeats[at])
-    if now[MATCH_LENGTH] == 0 and before:
-        while length < min(LONGEST_MATCH, before) and (
-            history[before - 1 - length] == history[n - 1 - length]
-        ):
-            length += 1
-        now[MATCH_AT], now[MATCH_LENGTH] = before, length if length >= SHORTEST_MATCH else 0
-    repeats[at] = n
-
-
-@kernel
-def net_logit(mass, node):
-    """The net's logit of a 1 at a node, from the masses below each."""
-    return STRETCH[(mass[2 * node + 1] << 12) // mass[node]]
-
-
-@kernel
-def apm_rows(apm, node, before, leaves, rows):
-    """Where a decision's two rows begin in a head's maps: its node's, and its hash with t-1."""
-    h = mix_hash(np.uint64(before) << np.uint64(20), node) >> np.uint64(40)
-    rows[0] = node * 33
-    rows[1] = (leaves + np.int64(h) % (len(apm) // 33 - leaves)) * 33
-
-
-@kernel
-def document_age(now):
-    """Logarithm, to the base 4, of the document's length so far: 0 .. 7."""
-    age, length = 0, now[TOKENS] - now[DOCUMENT]
-    while length >> 2 * age > 3 and age < 7:
-        age += 1
-    return age
-
-
-@kernel
-def predict(weights, apm, sets, lines, x, from_net, products, mixed, refined, p):
-    """Each head's mixed logit, and its probability of 1 in 65,536ths."""
-    for h in range(len(p)):
-        x[NET] = from_net if h else np.float32(0)
-        mixed[h] = mix_inputs(weights[h], sets, x, products)
-        p[h] = refine(apm[h], lines, mixed[h], refined[h])
-
-
-@kernel
-def learn_heads(weights, visits, apm, sets, x, from_net, mixed, refined, bit):
-    """What each head learns from a bit."""
-    for h in range(len(mixed)):
-        x[NET] = from_net if h else np.float32(0)
-        error = np.float32(bit * 65536 - squashed(mixed[h])) * np.float32(1 / 65536)
-        learn_weights(weights[h], visits[h], sets, x, error)
-        learn_bit(apm[h], refined[h, 0], bit, APM_LIMIT)
-        learn_bit(apm[h], refined[h, 1], bit, APM_LIMIT)
-
-
-@kernel
-def scratch(heads, leaves):
-    """What `code_tokens` works on, in its order; the bias among the inputs is set."""
-    keys, candidate_keys = np.zeros(SLOTS, np.uint64), np.zeros(CANDIDATES, np.uint64)
-    hashes, candidate_hashes = np.zeros(SLOTS, np.uint64), np.zeros(CANDIDATES, np.uint64)
-    slot, found = np.zeros(SLOTS, np.int64), np.zeros(CANDIDATES, np.int64)
-    said, sets, lines = np.zeros(EXPERTS, np.int64), np.zeros(SETS, np.int64), np.zeros(2, np.int64)
-    x, products = np.zeros(WIDTH, np.float32), np.zeros(WIDTH, np.float32)
-    mixed, p, cost = np.zeros(heads, np.float32), np.zeros(heads, np.int64), np.zeros(heads)
-    refined, mass = np.zeros((heads, 2), np.int64), np.zeros(2 * leaves, np.int64)
-    x[BIAS] = np.float32(0.3)
-    return (keys, candidate_keys, hashes, candidate_hashes, slot, found, said, sets, lines, x,
-            products, mixed, p, cost, refined, mass)  # fmt: skip
-
-
-@kernel
-def learn_maps(maps, said, bit):
-    """What each expert's words meant, learned from a bit."""
+@bare_kernel
+def learn_maps(fixed, past, now, bit):
+    """Let the maps learn what followed when the experts said what they said."""
+    maps = past.maps[now.here[0].level]
     for e in range(EXPERTS):
-        if said[e] >= 0:
-            learn_bit(maps, said[e], bit, MAP_LIMIT)
+        if now.map_at[e] >= 0:
+            learn_cell(fixed, maps, now.map_at[e], bit, MAP_LIMIT)
 
 
-@kernel
-def code_tokens(state, tokens, rows, bos, mode, coder, buffer, nats):
-    """Score, encode or decode tokens in order, learning from each after it is coded.
-
-    tokens (m,) int64, written when decoding; rows (m, V) uint32: the net's probabilities in 2^-30,
-    or (0, V) for none; nats (m, 2) float64, written: cost by the contexts alone, and with the net.
-    A node's probability depends on the past and on this token's earlier decisions only, so the
-    products over all tokens sum to 1.
-    """
-    (slot_rows, candidate_rows, leaf, token, inside, starts, slots, candidates, maps,
-     weights, visits, apm, repeats, history, now, words) = state  # fmt: skip
-    leaves, levels, heads = len(token), 0, 2 if len(rows) else 1
-    while 1 << levels < leaves:
-        levels += 1
-    touched, from_net = np.uint32(0), np.float32(0)
-    (keys, candidate_keys, hashes, candidate_hashes, slot, found, said, sets, lines, x, products,
-     mixed, p, cost, refined, mass) = scratch(heads, leaves)  # fmt: skip
-    for i in range(len(tokens)):
-        context_keys(slot_rows, history, now, words, bos, keys)
-        context_keys(candidate_rows, history, now, words, bos, candidate_keys)
-        touched += touch(candidates, candidate_rows, candidate_keys, 0, candidate_hashes, found)
-        before, before_2 = recent(history, now, 1, bos), recent(history, now, 2, bos)
-        age = document_age(now)
-        foretold = leaf[history[now[MATCH_AT]]] | leaves if now[MATCH_LENGTH] else np.int64(-1)
-        if heads == 2:
-            sum_tree(leaf, rows[i], mass)
-        node, at, target = 1, 1, leaf[tokens[i]] if mode != DECODE else 0
-        cost[:] = 0
-        for level in range(levels):
-            if level % LEVELS == 0:
-                touched += touch(slots, slot_rows, keys, node, hashes, slot)
-                if level == 0:
-                    find(candidates, candidate_hashes, found, 0xFFFF, 0)
-                find(slots, hashes, slot, 15, UNSEEN)
-                at = 1
-            if inside[2 * node + 1] == 0:  # no token there: nothing to decide
-                node, at = 2 * node, 2 * at
-                continue
-            seen = slot_inputs(slots, maps, slot, at, level, levels, x, said)
-            candidate_inputs(candidates, maps, found, node, level, levels, x, said)
-            match_input(maps, foretold, now[MATCH_LENGTH], node, level, levels, x, said)
-            choose_sets(slots, slot, at, node, level, levels, seen, before, before_2, age, sets)
-            apm_rows(apm[0], node, before, leaves, lines)
-            if heads == 2:
-                from_net = net_logit(mass, node)
-            predict(weights, apm, sets, lines, x, from_net, products, mixed, refined, p)
-            bit = target >> (levels - level - 1) & 1
-            if mode != SCORE:
-                bit = code_bit(coder, buffer, mode, p[heads - 1], bit)
-            for h in range(heads):
-                cost[h] -= math.log((p[h] if bit else 65536 - p[h]) / 65536)
-            # Everything below learns from the bit, which is coded by now.
-            learn_heads(weights, visits, apm, sets, x, from_net, mixed, refined, bit)
-            learn_maps(maps, said, bit)
-            dice = ((now[TOKENS] * 16 + level) * 0x9E3779B1 >> 12) & 0xFFFF
-            learn_slots(slots, slot, at, bit, dice)
-            node, at = 2 * node + bit, 2 * at + bit
-        if mode == DECODE:
-            tokens[i] = token[node - leaves]
-        nats[i, 0], nats[i, 1] = cost[0], cost[heads - 1]
-        remember(candidates, found, leaf[tokens[i]], tokens[i], starts, history, now, words, bos)
-        follow_match(history, now, repeats, tokens[i])
-    return touched
+# --------------------------------------------------------------------------------------------------
+# The tree
 
 
-def join_net(state: Mixer) -> None:
-    """Let the net in: the head that hears it starts as a copy of the other."""
-    for table in (state.weights, state.visits, state.apm):
-        table[1] = table[0]
-    state.weights[1] *= OTHERS
-    state.weights[1, :, NET] = NET_WEIGHT / SETS
-    state.now[JOINED] = 1
-
-
-def token_tree(text: Any, vocab: int) -> Any:
+def token_tree(text: np.ndarray, vocab: int) -> np.ndarray:
     """Leaf of each token in a balanced binary tree: alike tokens lie close. (V,) int64.
 
     Tokens are alike if the same tokens come before and after them, as counted in `text`. A node's
@@ -3163,7 +2891,7 @@ def token_tree(text: Any, vocab: int) -> Any:
     column[common[:1024]] = np.arange(min(vocab, 1024))
     width, text = min(vocab, 1024), text.astype(np.int64)
 
-    def root_shares(here: Any, there: Any) -> Any:
+    def root_shares(here: np.ndarray, there: np.ndarray) -> np.ndarray:
         pairs = np.bincount(here * width + column[there], minlength=vocab * width)
         pairs = pairs.reshape(vocab, width).astype(np.float32)
         return np.sqrt(pairs / np.maximum(pairs.sum(axis=1, keepdims=True), 1))
@@ -3181,7 +2909,7 @@ def token_tree(text: Any, vocab: int) -> Any:
     return leaf
 
 
-def halves(node: Any, x: Any, weight: Any) -> tuple[Any, Any]:
+def halves(node: np.ndarray, x: np.ndarray, weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Tokens (n,) with features x (n, K) -> two halves of like ones, the larger first."""
     if len(node) < 2:
         return node, node[:0]
@@ -3197,55 +2925,462 @@ def halves(node: Any, x: Any, weight: Any) -> tuple[Any, Any]:
     return node[a], node[b]
 
 
-def context_rows(contexts: tuple[Context, ...], regions: tuple[tuple[int, int], ...]) -> Any:
-    """Contexts -> (n, 5) int64 for the kernel; regions: (first row, rows) for others, documents."""
+def sum_below(leaves: np.ndarray) -> np.ndarray:
+    """Numbers of the leaves (2^L,) -> their sums below every node, (2^(L+1),) int64."""
+    total = np.concatenate([np.zeros_like(leaves, np.int64), leaves])
+    for node in range(len(leaves) - 1, 0, -1):
+        total[node] = total[2 * node] + total[2 * node + 1]
+    return total
+
+
+@bare_kernel
+def net_masses(fixed, now, row):
+    """Sum the net's row (V,), in 2^-30, below every node of the tree."""
+    mass, leaves = now.mass, len(fixed.token)
+    mass[leaves:] = 0
+    for v in range(len(row)):
+        mass[leaves + fixed.leaf[v]] = np.int64(row[v]) + 1
+    for node in range(leaves - 1, 0, -1):
+        mass[node] = mass[2 * node] + mass[2 * node + 1]
+
+
+@bare_kernel
+def net_input(fixed, now):
+    """Write the inputs of judge 1: those of judge 0 and the net's logit of a 1."""
+    mass, node = now.mass, now.here[0].node
+    for j in range(len(now.products)):
+        now.inputs[1, j] = now.inputs[0, j]
+    now.inputs[1, NET] = fixed.stretch[(mass[2 * node + 1] << 12) // mass[node]]
+
+
+# --------------------------------------------------------------------------------------------------
+# Contexts: the text so far, and the rows of a table that belong to a context
+
+WAYS = 4  # rows of a table in which a key may be: 4 slots are a cache line
+
+
+def context_rows(contexts: tuple[Context, ...], regions: tuple[tuple, tuple]) -> np.ndarray:
+    """Contexts -> (n, 5) int64 for kernels: tokens, words, document, first row and rows of the
+    table's region; regions: (first row, rows) for others, for documents."""
     rows = [(c.tokens, c.words, c.document, *regions[c.document]) for c in contexts]
     return np.array(rows, np.int64)
 
 
-def new_maps(levels: int) -> Any:
-    """Cells of what experts say, as if it were true: slots', candidates', the match's."""
-    grid = cells(SQUASH[3072 + (np.arange(32) * 2 - 31) * 64])
+@bare_kernel
+def recent_token(fixed, past, back):
+    """Token t - back, or BOS where that lies before the document."""
+    marks = past.marks[0]
+    at = marks.tokens - back
+    return np.int64(past.history[at]) if at >= marks.document and at >= 0 else fixed.bos
+
+
+@bare_kernel
+def context_keys(fixed, past, rows, keys):
+    """Write the 64-bit key (n,) of each context's row (n, 5): it is of the past alone."""
+    for a in range(len(rows)):
+        row = rows[a]
+        h = mix_hash(np.uint64(1 << 40), row[0] | row[1] << 8 | row[2] << 12)
+        for back in range(8):
+            if row[0] >> back & 1:
+                h = mix_hash(h, recent_token(fixed, past, back + 1))
+        for k in range(row[1]):
+            h = mix_hash(h, past.words[k])
+        keys[a] = mix_hash(h, past.marks[0].document) if row[2] else h
+
+
+@bare_kernel
+def touch_rows(table, rows, hashes, at):
+    """Write the first place (n,) of each hash (n,) in its region of the table.
+
+    It loads them all, in flight at once, which hides memory's latency; the sum that it returns
+    keeps the compiler from leaving the loads out.
+    """
+    total = np.int64(0)
+    for a in range(len(rows)):
+        place = rows[a, 3] + ((np.int64(hashes[a] & np.uint64(0xFFFFFFFF)) * rows[a, 4]) >> 32)
+        at[a] = place & ~(WAYS - 1)
+        total += np.int64(table[at[a], 0])
+    return total
+
+
+@bare_kernel
+def find_rows(table, hashes, at, used, blank):
+    """Go from each hash's first place to where it is; a new key gets the least used row, cleared.
+
+    used: the bits of a row's first cell that say how much it is used; blank: a cleared cell.
+    """
+    for a in range(len(at)):
+        tag, first = np.int64(hashes[a] >> np.uint64(48)) | 1, at[a]
+        place = least = first
+        while place < first + WAYS and np.int64(table[place, 0]) != tag:
+            if np.int64(table[place, 1]) & used < np.int64(table[least, 1]) & used:
+                least = place
+            place += 1
+        if place == first + WAYS:
+            place, row = least, table[least]
+            row[0] = tag
+            for k in range(1, 8):
+                row[k] = blank
+        at[a] = place
+
+
+@bare_kernel
+def learn_text(fixed, past, token):
+    """Append a token to the history, the document and the word."""
+    marks, words = past.marks[0], past.words
+    past.history[marks.tokens] = token
+    if token == fixed.bos:
+        marks.document, words[0], words[1] = marks.tokens, 1 << 50, 1 << 50
+    elif fixed.starts[token]:
+        words[1], words[0] = words[0], mix_hash(np.uint64(5 << 40), token)
+    else:
+        words[0] = mix_hash(words[0], token)
+    marks.tokens += 1
+
+
+# --------------------------------------------------------------------------------------------------
+# Slot experts: how often a 1 came at this node after this context
+
+SLOT_LEVELS = 3  # decisions that share a slot: a tag and 7 nodes are 16 bytes
+UNSEEN = 2048 << 4  # a slot's cell: 12 bits of logit, in 256ths from -8; 4 of count, see COUNTS
+
+
+def slot_meanings() -> np.ndarray:
+    """The slots' maps at first, as if each cell were true: by expert, count and 5 bits of logit."""
+    logits = 3072 + (np.arange(32) * 2 - 31) * 64
+    return np.tile(map_cells(mixer_tables()["squash"][logits]), SLOTS * 16)
+
+
+@bare_kernel
+def touch_slots(fixed, past, now):
+    """Begin to find each expert's slot for the node and the levels below it: see `touch_rows`."""
+    here = now.here[0]
+    for a in range(SLOTS):
+        now.slot_hashes[a] = mix_hash(now.slot_keys[a], here.node)
+    here.touched += touch_rows(past.slots, fixed.slot_rows, now.slot_hashes, now.slot)
+
+
+@bare_kernel
+def find_slots(past, now):
+    """Find each expert's slot; the node's cell in it is the first."""
+    find_rows(past.slots, now.slot_hashes, now.slot, 15, UNSEEN)
+    now.here[0].cell = 1
+
+
+@bare_kernel
+def slot_inputs(fixed, past, now):
+    """Write two inputs per expert: the cell's logit, and that of the map for such a cell."""
+    here, x = now.here[0], now.inputs[0]
+    here.seen = 0
+    for a in range(SLOTS):
+        cell = np.int64(past.slots[now.slot[a], here.cell])
+        x[2 * a] = np.float32((cell >> 4) - 2048) * np.float32(1 / 256)
+        x[2 * a + 1], now.map_at[a] = np.float32(0), -1
+        if cell & 15:
+            now.map_at[a] = a * 512 + (cell & 15) * 32 + (cell >> 11)
+            x[2 * a + 1] = map_logit(fixed, past.maps[here.level, now.map_at[a]])
+            here.seen += 1
+
+
+@bare_kernel
+def learn_slots(fixed, past, now, bit):
+    """Move each expert's cell towards the bit; a count goes on by chance, so that 4 bits do."""
+    here = now.here[0]
+    dice = ((past.marks[0].tokens * 16 + here.level) * 0x9E3779B1 >> 12) & 0xFFFF
+    for a in range(SLOTS):
+        cell = np.int64(past.slots[now.slot[a], here.cell])
+        count = cell & 15
+        if bit:
+            after = np.int64(fixed.after_one[cell])
+        else:  # as after a 1 from the opposite logit; logit 0 of 4096, which has none, never occurs
+            after = 65536 - np.int64(fixed.after_one[65536 - cell + 2 * count])
+        past.slots[now.slot[a], here.cell] = after | (count + (dice < fixed.advance[count]))
+
+
+# --------------------------------------------------------------------------------------------------
+# Candidate experts: which tokens followed this context, the most recent first
+
+
+def candidate_meanings() -> np.ndarray:
+    """The candidates' maps at first: by expert, evidence for 0 and for 1, and the newest's bit."""
     evidence = np.array([0, 10, 20, 30, 40, 55, 80, 130, 220, 400])
     odds = (evidence + 4) * 65536 // (evidence[:, None] + evidence + 8)
-    return np.concatenate([
-        np.tile(grid, SLOTS * levels * 16),
-        np.tile(np.repeat(cells(odds).reshape(-1), 2), CANDIDATES * levels),
-        np.tile(cells([16384, 49152]), levels * 64),
-    ])  # fmt: skip
+    return np.tile(np.repeat(map_cells(odds).reshape(-1), 2), CANDIDATES)
 
 
-def new_mixer(tokens: Tokenizer, leaf: Any, capacity: int, memory_mb: int) -> Mixer:
-    """An empty mixer for `capacity` tokens of history; its tables take about `memory_mb` MiB."""
-    unit, leaves = memory_mb << 20, 1 << max(tokens.vocab - 1, 1).bit_length()
-    levels = leaves.bit_length() - 1
-    slots, found = unit // 16 * 15 // 16 // WAYS * WAYS, unit // 16 // 32 // WAYS * WAYS
-    local = min(1 << 19, slots // 8 // WAYS * WAYS)
-    token = np.full(leaves, -1, np.int64)
-    token[leaf] = np.arange(tokens.vocab)
-    inside = np.concatenate([np.zeros(leaves, np.int64), token >= 0])
-    for node in range(leaves - 1, 0, -1):
-        inside[node] = inside[2 * node] + inside[2 * node + 1]
-    apm = cells(SQUASH[3072 + (np.arange(33) - 16) * 128])
-    set_rows = 18 * leaves + levels * (SLOTS + 1) + 8 ** len(COUNTED)
-    return Mixer(
-        slot_rows=context_rows(SLOT_CONTEXTS, ((local, slots - local), (0, local))),
-        candidate_rows=context_rows(CANDIDATE_CONTEXTS, ((0, found), (0, found))),
-        leaf=leaf, token=token, inside=inside, starts=tokens.leading,
-        slots=huge_zeros(8 * slots, np.uint16).reshape(-1, 8),
-        candidates=huge_zeros(8 * found, np.uint32).reshape(-1, 8),
-        maps=new_maps(levels),
-        weights=np.full((2, set_rows, WIDTH), 0.15 / SETS, np.float32),
-        visits=np.zeros((2, set_rows), np.float32),
-        apm=np.tile(apm, (2, leaves + min(1 << 14, unit // 1024))),
-        repeats=np.zeros(min(1 << 24, 1 << max(unit // 128, 64).bit_length()), np.int32),
-        history=np.zeros(capacity, np.int32), now=np.zeros(5, np.int64),
-        words=np.full(2, 1 << 50, np.uint64),
-    )  # fmt: skip
+@bare_kernel
+def touch_candidates(fixed, past, now):
+    """Begin to find each expert's row for a token: see `touch_rows`."""
+    context_keys(fixed, past, fixed.candidate_rows, now.candidate_hashes)
+    for c in range(CANDIDATES):
+        now.candidate_hashes[c] = mix_hash(now.candidate_hashes[c], 0)
+    now.here[0].touched += touch_rows(
+        past.candidates, fixed.candidate_rows, now.candidate_hashes, now.found
+    )
+
+
+@bare_kernel
+def find_candidates(past, now):
+    """Find each expert's row."""
+    find_rows(past.candidates, now.candidate_hashes, now.found, 0xFFFF, 0)
+
+
+@bare_kernel
+def candidate_inputs(fixed, past, now):
+    """Write one input per expert, from the counts of the candidates below each side of the node."""
+    here, x, levels = now.here[0], now.inputs[0], fixed.levels
+    for c in range(CANDIDATES):
+        n0, n1, newest = 0, 0, -1
+        for m in range(1, 8):
+            entry = past.candidates[now.found[c], m]
+            if entry == 0:
+                break
+            leaf = np.int64(entry >> np.uint32(16)) | 1 << levels
+            if leaf >> (levels - here.level) == here.node:
+                bit = leaf >> (levels - here.level - 1) & 1
+                newest = bit if newest < 0 else newest
+                n0 += np.int64(entry & np.uint32(0xFFFF)) * (1 - bit)
+                n1 += np.int64(entry & np.uint32(0xFFFF)) * bit
+        e, j = FIRST_CANDIDATE + c, CANDIDATE_INPUT + c
+        x[j], now.map_at[e] = np.float32(0), -1
+        if newest >= 0:
+            pair = fixed.evidence[n0] * 10 + fixed.evidence[n1]
+            now.map_at[e] = CANDIDATE_MAP + (c * 100 + pair) * 2 + newest
+            x[j] = map_logit(fixed, past.maps[here.level, now.map_at[e]])
+
+
+@bare_kernel
+def learn_candidates(past, now, leaf):
+    """Put the token's leaf first in each expert's row; new evidence fades the rest."""
+    for c in range(CANDIDATES):
+        row, m = past.candidates[now.found[c]], 1
+        while m < 7 and row[m] and np.int64(row[m] >> np.uint32(16)) != leaf:
+            m += 1
+        known = row[m] != 0 and np.int64(row[m] >> np.uint32(16)) == leaf
+        count = np.int64(row[m] & np.uint32(0xFFFF)) if known else 0
+        for k in range(m, 1, -1):
+            row[k] = row[k - 1]
+        for k in range(2, 8):
+            old = np.int64(row[k] & np.uint32(0xFFFF))
+            if old > 2:
+                row[k] -= np.uint32((old + 1) >> 2)
+        row[1] = np.uint32((leaf << 16) | min(count + 1, 255))
+
+
+# --------------------------------------------------------------------------------------------------
+# The match expert: what followed when the last tokens occurred before
+
+LONGEST_MATCH, SHORTEST_MATCH = 32, 7  # tokens that are compared; that a match has
+
+
+def match_meanings() -> np.ndarray:
+    """The match's maps at first: by length, up to 63, and the bit that it expects."""
+    return np.tile(map_cells([16384, 49152]), 64)
+
+
+@bare_kernel
+def expect_token(fixed, past, now):
+    """Note the leaf that follows the match."""
+    marks, here = past.marks[0], now.here[0]
+    here.expected = -1
+    if marks.match_length:
+        here.expected = fixed.leaf[past.history[marks.match_at]] | len(fixed.token)
+
+
+@bare_kernel
+def match_input(fixed, past, now):
+    """Write one input, if the leaf that the match expects is below the node."""
+    here, x = now.here[0], now.inputs[0]
+    x[MATCH_INPUT], now.map_at[MATCH] = np.float32(0), -1
+    if here.expected >> (fixed.levels - here.level) == here.node:
+        bit = here.expected >> (fixed.levels - here.level - 1) & 1
+        now.map_at[MATCH] = MATCH_MAP + min(past.marks[0].match_length, 63) * 2 + bit
+        x[MATCH_INPUT] = map_logit(fixed, past.maps[here.level, now.map_at[MATCH]])
+
+
+@bare_kernel
+def learn_match(past, token):
+    """Keep the match if it expected the token, else look for the last place of this text."""
+    marks, history = past.marks[0], past.history
+    n = marks.tokens
+    if marks.match_length and history[marks.match_at] == token:
+        marks.match_at += 1
+        marks.match_length += 1
+    else:
+        marks.match_length = 0
+    if n < SHORTEST_MATCH:
+        return
+    h = np.uint64(9)
+    for k in range(1, SHORTEST_MATCH + 1):
+        h = mix_hash(h, history[n - k])
+    at, length = np.int64(h >> np.uint64(20)) & (len(past.repeats) - 1), 0
+    before = np.int64(past.repeats[at])
+    if marks.match_length == 0 and before:
+        while length < min(LONGEST_MATCH, before) and (
+            history[before - 1 - length] == history[n - 1 - length]
+        ):
+            length += 1
+        marks.match_at, marks.match_length = before, length if length >= SHORTEST_MATCH else 0
+    past.repeats[at] = n
+
+
+# --------------------------------------------------------------------------------------------------
+# Weight sets and the mix
+
+CHOOSERS = tuple(a for a, context in enumerate(SLOT_CONTEXTS) if context.chooses)
+SETS = 6
+FIRST_RATE, LAST_RATE, FADE = np.float32(0.005), np.float32(0.0002), np.float32(0.003)
+NET_WEIGHT, OTHERS = np.float32(0.3), np.float32(0.75)  # when the net joins: its weight, theirs
+
+
+def set_sizes(levels: int) -> list[int]:
+    """Rows of each weight set, in the order of `choose_rows`."""
+    leaves = 1 << levels
+    return [leaves, leaves, 8 * leaves, 8 * leaves, levels * (SLOTS + 1), 8 ** len(CHOOSERS)]
+
+
+@bare_kernel
+def choose_rows(fixed, past, now):
+    """Choose a row of each weight set for a decision."""
+    here, rows, counts = now.here[0], now.set_rows, 0
+    for a in CHOOSERS:
+        counts = counts * 8 + (np.int64(past.slots[now.slot[a], here.cell]) & 15) // 2
+    rows[0] = here.node
+    rows[1] = here.second_last
+    rows[2] = here.last * 8 + min(here.level, 7)
+    rows[3] = here.age * len(fixed.token) + here.node
+    rows[4] = here.level * (SLOTS + 1) + here.seen
+    rows[5] = counts
+    for k in range(SETS):
+        rows[k] += fixed.first_row[k]
+
+
+@bare_kernel
+def mixed_logit(past, now, judge):
+    """The inputs times the sum of the sets' rows. Vectors fit every loop but the last."""
+    products, x, weights = now.products, now.inputs[judge], past.weights[judge]
+    row = weights[now.set_rows[0]]
+    for j in range(len(products)):
+        products[j] = row[j]
+    for k in range(1, SETS):
+        row = weights[now.set_rows[k]]
+        for j in range(len(products)):
+            products[j] += row[j]
+    for j in range(len(products)):
+        products[j] *= x[j]
+    a = b = c = d = np.float32(0)
+    for j in range(0, WIDTH, 4):  # one order on every machine
+        a += products[j]
+        b += products[j + 1]
+        c += products[j + 2]
+        d += products[j + 3]
+    return min(max((a + b) + (c + d), np.float32(-11.9)), np.float32(11.9))  # see `squashed`
+
+
+@bare_kernel
+def learn_weights(fixed, past, now, judge, bit):
+    """Take a gradient step with each of the sets' rows, smaller the more it has taken."""
+    weights, visits, x = past.weights[judge], past.visits[judge], now.inputs[judge]
+    error = np.float32(bit * 65536 - squashed(fixed, now.mixed[judge])) * np.float32(1 / 65536)
+    for k in range(SETS):
+        row, n = weights[now.set_rows[k]], visits[now.set_rows[k]]
+        visits[now.set_rows[k]] = n + np.float32(1)
+        step = error * max(LAST_RATE, FIRST_RATE / (np.float32(1) + n * FADE))
+        for j in range(len(x)):  # a length unknown to the compiler: it makes vectors of this loop
+            row[j] += step * x[j]
+
+
+def join_net(past: Past) -> None:
+    """Let the net in: judge 1, which hears it, starts as a copy of judge 0."""
+    for table in (past.weights, past.visits, past.apm):
+        table[1] = table[0]
+    past.weights[1] *= OTHERS
+    past.weights[1, :, NET] = NET_WEIGHT / SETS
+    past.marks["joined"] = 1
+
+
+# --------------------------------------------------------------------------------------------------
+# Refinement: two adaptive probability maps (APM) of the mixed logit
+
+APM_LIMIT = 250  # count up to which an APM's cell slows down
+
+
+def apm_meanings() -> np.ndarray:
+    """A row of 33 cells at first: the mixed logits -8, -7.5 .. 8 are true."""
+    return map_cells(mixer_tables()["squash"][3072 + (np.arange(33) - 16) * 128])
+
+
+@bare_kernel
+def choose_apm_rows(fixed, past, now):
+    """Choose the maps' rows for a decision: the node's, and its hash with token t-1."""
+    here, leaves = now.here[0], len(fixed.token)
+    h = mix_hash(np.uint64(here.last) << np.uint64(20), here.node) >> np.uint64(40)
+    now.apm_rows[0] = here.node
+    now.apm_rows[1] = leaves + np.int64(h) % (past.apm.shape[1] - leaves)
+
+
+@bare_kernel
+def refined(fixed, past, now, judge):
+    """Probability in 65,536ths: half the mixed logit's own, a quarter each map's, interpolated."""
+    mixed = now.mixed[judge]
+    place = min(max((mixed + np.float32(8)) * np.float32(2), np.float32(0)), np.float32(31.99))
+    low, total = np.int64(place), np.float32(0)
+    high = place - np.float32(low)
+    for k in range(2):
+        row = past.apm[judge, now.apm_rows[k]]
+        a = np.float32(row[low] >> np.uint32(10)) * (np.float32(1) - high)
+        total += a + np.float32(row[low + 1] >> np.uint32(10)) * high
+    now.apm_column[judge] = low + (high >= np.float32(0.5))
+    p = np.float32(squashed(fixed, mixed)) * np.float32(0.5) + total * np.float32(0.25 / 64)
+    return min(max(np.int64(p), 1), 65535)
+
+
+@bare_kernel
+def learn_apm(fixed, past, now, judge, bit):
+    """Move the cell nearest to the mixed logit, in each map, towards the bit."""
+    for k in range(2):
+        row = past.apm[judge, now.apm_rows[k]]
+        learn_cell(fixed, row, now.apm_column[judge], bit, APM_LIMIT)
+
+
+# --------------------------------------------------------------------------------------------------
+# The arithmetic coder, carry-less and binary, as in lpaq
+
+SCORE, ENCODE, DECODE = 0, 1, 2
+
+
+@bare_kernel
+def code_bit(coder, p, bit):
+    """Encode the bit, or decode one, whose probability of a 1 is p in 65,536ths; returns the bit.
+
+    coder: (4,) uint64, which are low, high, the decoder's window and the position in the buffer;
+    the buffer (n,) uint8; and the mode.
+    """
+    state, buffer, mode = coder
+    if mode == SCORE:
+        return bit
+    middle = state[0] + (((state[1] - state[0]) * np.uint64(p)) >> np.uint64(16))
+    if mode == DECODE:
+        bit = np.int64(state[2] <= middle)
+    if bit:
+        state[1] = middle
+    else:
+        state[0] = middle + np.uint64(1)
+    while (state[0] ^ state[1]) & np.uint64(0xFF000000) == 0:
+        at = np.int64(state[3])
+        if mode == ENCODE:
+            buffer[at] = state[1] >> np.uint64(24)
+        else:
+            byte = np.uint64(buffer[at]) if at < len(buffer) else np.uint64(0)
+            state[2] = (state[2] << np.uint64(8)) & np.uint64(0xFFFFFFFF) | byte
+        state[3] += np.uint64(1)
+        state[0] = (state[0] << np.uint64(8)) & np.uint64(0xFFFFFFFF)
+        state[1] = (state[1] << np.uint64(8)) & np.uint64(0xFFFFFFFF) | np.uint64(255)
+    return bit
 
 
 class Coder:
-    """An arithmetic code being written, or with `data` being read."""
+    """An arithmetic code that is being written, or with `data` being read."""
 
     def __init__(self, data: bytes | None = None) -> None:
         self.mode, self.out = ENCODE if data is None else DECODE, bytearray()
@@ -3253,14 +3388,14 @@ class Coder:
         window = int.from_bytes((data or b"")[:4].ljust(4, b"\0"), "big")
         self.state = np.array([0, 0xFFFFFFFF, window, 4 if data is not None else 0], np.uint64)
 
-    def room(self, decisions: int) -> Any:
-        """The buffer for so many more decisions, of at most 2 bytes each."""
+    def room(self, decisions: int) -> tuple[np.ndarray, np.ndarray, int]:
+        """What `code_bit` takes, for so many more decisions, of at most 2 bytes each."""
         if self.mode == ENCODE:
             self.buffer, self.state[3] = np.zeros(2 * decisions + 8, np.uint8), 0
-        return self.buffer
+        return self.state, self.buffer, self.mode
 
     def flush(self) -> None:
-        """Take what a call has written."""
+        """Take what has been written since `room`."""
         if self.mode == ENCODE:
             self.out += self.buffer[: int(self.state[3])].tobytes()
 
@@ -3269,156 +3404,287 @@ class Coder:
         return bytes(self.out) + bytes([int(self.state[1]) >> 24])
 
 
-class LogisticMixer(ContextModel):
-    """The token-bit logistic mixer: experts over exact and hashed contexts, mixed bit by bit.
+# --------------------------------------------------------------------------------------------------
+# The loop over tokens
 
-    After Mahoney's PAQ and lpaq: adaptive probabilities, gated logistic mixing, APM stages. It
-    learns from each token after coding it, whether it scores, encodes or decodes.
+
+@bare_kernel
+def begin_token(fixed, past, now):
+    """Look at what is known before the token's first decision."""
+    here, marks = now.here[0], past.marks[0]
+    here.last, here.second_last = recent_token(fixed, past, 1), recent_token(fixed, past, 2)
+    here.age, length = 0, marks.tokens - marks.document
+    while length >> 2 * here.age > 3 and here.age < 7:
+        here.age += 1
+    touch_candidates(fixed, past, now)
+    context_keys(fixed, past, fixed.slot_rows, now.slot_keys)
+    expect_token(fixed, past, now)
+    here.node = 1
+    now.cost[:] = 0
+
+
+@bare_kernel
+def predict_bit(fixed, past, now):
+    """Let the experts speak, then each judge: write p."""
+    slot_inputs(fixed, past, now)
+    candidate_inputs(fixed, past, now)
+    match_input(fixed, past, now)
+    choose_rows(fixed, past, now)
+    choose_apm_rows(fixed, past, now)
+    if now.here[0].judges == 2:
+        net_input(fixed, now)
+    for judge in range(now.here[0].judges):
+        now.mixed[judge] = mixed_logit(past, now, judge)
+        now.p[judge] = refined(fixed, past, now, judge)
+
+
+@bare_kernel
+def learn_bit(fixed, past, now, bit):
+    """Charge the bit, which is coded by now, and learn from it."""
+    for judge in range(now.here[0].judges):
+        now.cost[judge] -= math.log((now.p[judge] if bit else 65536 - now.p[judge]) / 65536)
+        learn_weights(fixed, past, now, judge, bit)
+        learn_apm(fixed, past, now, judge, bit)
+    learn_maps(fixed, past, now, bit)
+    learn_slots(fixed, past, now, bit)
+
+
+@bare_kernel
+def code_path(fixed, past, now, coder, leaf):
+    """Score or encode the path to a leaf, or decode one; returns the leaf."""
+    here = now.here[0]
+    for level in range(fixed.levels):
+        here.level = level
+        if level % SLOT_LEVELS == 0:
+            touch_slots(fixed, past, now)
+            if level == 0:
+                find_candidates(past, now)
+            find_slots(past, now)
+        bit = 0
+        if fixed.inside[2 * here.node + 1]:  # else no token is there: nothing to decide
+            predict_bit(fixed, past, now)
+            bit = leaf >> (fixed.levels - level - 1) & 1
+            bit = code_bit(coder, now.p[here.judges - 1], bit)
+            learn_bit(fixed, past, now, bit)
+        here.node, here.cell = 2 * here.node + bit, 2 * here.cell + bit
+    return here.node - len(fixed.token)
+
+
+@bare_kernel
+def code_tokens(mixer, coder, tokens, rows, nats):
+    """Score, encode or decode tokens in order, learning from each after it is coded.
+
+    mixer: Fixed, Past, Now; coder: see `code_bit`; tokens (m,) int64, written when decoding; rows
+    (m, V) uint32: the net's probabilities in 2^-30, or (0, V) for none; nats (m, 2) float64,
+    written: cost by the contexts alone, and with the net.
     """
+    fixed, past, now = Fixed(*mixer[0]), Past(*mixer[1]), Now(*mixer[2])
+    judges = now.here[0].judges = 2 if len(rows) else 1
+    for i in range(len(tokens)):
+        begin_token(fixed, past, now)
+        if judges == 2:
+            net_masses(fixed, now, rows[i])
+        leaf = code_path(fixed, past, now, coder, fixed.leaf[tokens[i]])
+        token = tokens[i] = fixed.token[leaf]
+        nats[i, 0], nats[i, 1] = now.cost[0], now.cost[judges - 1]
+        learn_candidates(past, now, leaf)
+        learn_text(fixed, past, token)
+        learn_match(past, token)
 
-    def __init__(self, tokens: Tokenizer, leaf: Any, capacity: int, memory_mb: int) -> None:
+
+# --------------------------------------------------------------------------------------------------
+# The mixer
+
+
+def table_rows(memory_mb: int) -> tuple[int, int, int]:
+    """Rows of `slots`, those of them that are for documents, and rows of `candidates`."""
+    slots = (memory_mb << 16) * 15 // 16 // WAYS * WAYS
+    return slots, min(1 << 19, slots // 8 // WAYS * WAYS), (memory_mb << 11) // WAYS * WAYS
+
+
+def new_fixed(tokenizer: Tokenizer, leaf: np.ndarray, memory_mb: int) -> Fixed:
+    """The tables and the tree of a mixer."""
+    levels = max(tokenizer.vocab - 1, 1).bit_length()
+    slots, local, found = table_rows(memory_mb)
+    token = np.full(1 << levels, -1, np.int64)
+    token[leaf] = np.arange(tokenizer.vocab)
+    return Fixed(
+        **mixer_tables(),
+        leaf=leaf,
+        token=token,
+        inside=sum_below(token >= 0),
+        starts=tokenizer.leading,
+        slot_rows=context_rows(SLOT_CONTEXTS, ((local, slots - local), (0, local))),
+        candidate_rows=context_rows(CANDIDATE_CONTEXTS, ((0, found), (0, found))),
+        first_row=np.cumsum([0, *set_sizes(levels)[:-1]]),
+        levels=levels,
+        bos=max(tokenizer.bos, 0),
+    )
+
+
+def new_past(levels: int, capacity: int, memory_mb: int) -> Past:
+    """What a mixer knows that has seen nothing, with room for `capacity` tokens."""
+    slots, _, found = table_rows(memory_mb)
+    meanings = np.concatenate([slot_meanings(), candidate_meanings(), match_meanings()])
+    hashed = min(1 << 14, memory_mb << 10)
+    repeats = min(1 << 24, 1 << max(memory_mb << 13, 64).bit_length())
+    return Past(
+        slots=huge_zeros(8 * slots, np.uint16).reshape(-1, 8),
+        candidates=huge_zeros(8 * found, np.uint32).reshape(-1, 8),
+        maps=np.tile(meanings, (levels, 1)),
+        weights=np.full((2, sum(set_sizes(levels)), WIDTH), 0.15 / SETS, np.float32),
+        visits=np.zeros((2, sum(set_sizes(levels))), np.float32),
+        apm=np.tile(apm_meanings(), (2, (1 << levels) + hashed, 1)),
+        repeats=np.zeros(repeats, np.int32),
+        history=np.zeros(capacity, np.int32),
+        words=np.full(2, 1 << 50, np.uint64),
+        marks=np.zeros(1, MARKS),
+    )
+
+
+def new_now(levels: int) -> Now:
+    """Room for what is known of a token; the bias among the inputs is set."""
+    inputs = np.zeros((2, WIDTH), np.float32)
+    inputs[:, BIAS] = 0.3
+    return Now(
+        slot_keys=np.zeros(SLOTS, np.uint64),
+        slot_hashes=np.zeros(SLOTS, np.uint64),
+        slot=np.zeros(SLOTS, np.int64),
+        candidate_hashes=np.zeros(CANDIDATES, np.uint64),
+        found=np.zeros(CANDIDATES, np.int64),
+        mass=np.zeros(2 << levels, np.int64),
+        cost=np.zeros(2),
+        inputs=inputs,
+        map_at=np.zeros(EXPERTS, np.int64),
+        set_rows=np.zeros(SETS, np.int64),
+        products=np.zeros(WIDTH, np.float32),
+        mixed=np.zeros(2, np.float32),
+        apm_rows=np.zeros(2, np.int64),
+        apm_column=np.zeros(2, np.int64),
+        p=np.zeros(2, np.int64),
+        here=np.zeros(1, DECISION),
+    )
+
+
+class LogisticMixer(ContextModel):
+    """Experts over hashed contexts, mixed bit by bit; it learns from each token after coding it."""
+
+    state: Past
+
+    def __init__(
+        self, tokenizer: Tokenizer, leaf: np.ndarray, capacity: int, memory_mb: int
+    ) -> None:
         """leaf (V,): see `token_tree`; capacity: tokens that it will ever see."""
-        self.state, self.bos = new_mixer(tokens, leaf, capacity + 1, memory_mb), max(tokens.bos, 0)
-        self.vocab = tokens.vocab
-        if self.bos >= self.vocab:
-            raise ValueError(f"BOS {self.bos} outside the vocabulary of {self.vocab}")
+        self.fixed, self.vocab = new_fixed(tokenizer, leaf, memory_mb), tokenizer.vocab
+        if self.fixed.bos >= self.vocab:
+            raise ValueError(f"BOS {self.fixed.bos} outside the vocabulary of {self.vocab}")
+        self.state = new_past(self.fixed.levels, capacity + 1, memory_mb)
+        self.now = new_now(self.fixed.levels)
 
-    def code(self, tokens: Any, logs: Any = None, coder: Coder | None = None) -> Any:
-        """Score tokens (m,), or with a coder write them or read them into `tokens` (int64).
-
-        logs (m, V) float32: the net's, if it takes part. Returns (m, 2) float64 nats a token, by
-        the contexts alone and by all.
-        """
-        if logs is not None and logs.shape != (len(tokens), self.vocab):
-            raise ValueError(f"{logs.shape} log-probabilities for {len(tokens)} tokens")
-        if self.state.now[TOKENS] + len(tokens) > len(self.state.history):
-            raise ValueError(f"more than the {len(self.state.history)} tokens announced")
-        if len(tokens) and not 0 <= tokens.min() <= tokens.max() < self.vocab:
-            raise ValueError(f"a token outside the vocabulary of {self.vocab}")
-        rows = np.zeros((0, self.vocab), np.uint32)
-        if logs is not None:
-            if not self.state.now[JOINED]:
-                join_net(self.state)
-            rows = (np.exp(np.minimum(logs, 0)) * np.float32(1 << 30)).astype(np.uint32)
-        coder, scoring = coder or Coder(), coder is None
-        nats = np.zeros((len(tokens), 2))
-        buffer = coder.room(0 if scoring else len(tokens) * 17)
-        mode = SCORE if scoring else coder.mode
-        code_tokens(tuple(self.state), tokens, rows, self.bos, mode, coder.state, buffer, nats)
-        coder.flush()
-        return nats
+    @property
+    def learned(self) -> int:
+        """Tokens learned so far."""
+        return int(self.state.marks["tokens"][0])
 
     def begin(self, first: int) -> None:
         """Read the text's first token, which is not scored."""
         self.code(np.array([first], np.int64))
 
-    def score(self, tokens: Any, logs: Any) -> Any:
-        """Tokens (m,) int32, the net's logs (m, V) float32 -> (m, 3) nats: net, contexts, mixed."""
-        nats = self.code(tokens.astype(np.int64), logs)
-        return np.column_stack([net_nats(tokens, logs), nats])
+    def score(self, tokens: np.ndarray, logs: np.ndarray, coder: Coder | None = None) -> np.ndarray:
+        """See `ContextModel.score`; with a coder the tokens are also encoded, or decoded: then
+        they are written into `tokens`, and the nats are theirs."""
+        wide = tokens.astype(np.int64)
+        nats = self.code(wide, logs, coder)
+        if coder:
+            tokens[:] = wide
+        return np.column_stack([net_nats(wide, logs), nats])
 
-    @property
-    def learned(self) -> int:
-        """Tokens learned so far."""
-        return int(self.state.now[TOKENS])
+    def code(
+        self, tokens: np.ndarray, logs: np.ndarray | None = None, coder: Coder | None = None
+    ) -> np.ndarray:
+        """Score tokens (m,) int64, or with a coder write them, or read them into `tokens`.
+
+        logs (m, V) float32: the net's log-probabilities, if it takes part. Returns (m, 2) float64
+        nats per token, by the contexts alone and by all.
+        """
+        if logs is not None and logs.shape != (len(tokens), self.vocab):
+            raise ValueError(f"{logs.shape} log-probabilities for {len(tokens)} tokens")
+        if self.learned + len(tokens) > len(self.state.history):
+            raise ValueError(f"more than the {len(self.state.history)} tokens announced")
+        if len(tokens) and not 0 <= tokens.min() <= tokens.max() < self.vocab:
+            raise ValueError(f"a token outside the vocabulary of {self.vocab}")
+        rows, nats = np.zeros((0, self.vocab), np.uint32), np.zeros((len(tokens), 2))
+        if logs is not None:
+            if not self.state.marks["joined"][0]:
+                join_net(self.state)
+            rows = (np.exp(np.minimum(logs, 0)) * np.float32(1 << 30)).astype(np.uint32)
+        mixer = tuple(self.fixed), tuple(self.state), tuple(self.now)
+        coding = coder or Coder()
+        state, buffer, mode = coding.room(len(tokens) * self.fixed.levels if coder else 0)
+        ends = state, buffer, mode if coder else SCORE
+        code_tokens(mixer, ends, tokens, rows, nats)
+        coding.flush()
+        return nats
 
     def read_sha256(self) -> str:
         """SHA-256 of all tokens so far, as little-endian int32."""
         return hashlib.sha256(self.state.history[: self.learned].astype("<i4")).hexdigest()
 
-    def save(self) -> Mixer:
-        """A copy of the state."""
-        return Mixer(*(array.copy() for array in self.state))
-
-    def restore(self, state: Mixer) -> None:
-        """Go back to a copy, which stays good."""
-        for mine, its in zip(self.state, state, strict=True):
+    def restore(self, saved: tuple[np.ndarray, ...]) -> None:
+        """Go back to what `save` returned, in place: the tables stay where they are."""
+        for mine, its in zip(self.state, saved, strict=True):
             np.copyto(mine, its)
 
 
 def new_context_model(
-    cfg: Knobs, tokens: Tokenizer, leaf: Any, capacity: int, memory_mb: int = 0
+    cfg: Knobs, tokenizer: Tokenizer, leaf: np.ndarray | None, capacity: int, memory_mb: int = 0
 ) -> ContextModel:
-    """MIXER's scorer for `capacity` tokens, which has seen nothing yet."""
+    """MIXER's context model for a text of `capacity` tokens; it has seen nothing yet."""
     if cfg.mixer == "off":
         return ContextModel()
     if cfg.mixer == "backoff":
         alpha = None if cfg.ngram_alpha == "auto" else float(cfg.ngram_alpha)
-        order, smoothing = cfg.ngram_max_order, cfg.ngram_smoothing
-        return BackoffMixer(tokens.vocab, max(tokens.bos, 0), order, smoothing, alpha, capacity)
-    return LogisticMixer(tokens, leaf, capacity, memory_mb or cfg.mixer_memory_mb)
+        order, smoothing, bos = cfg.ngram_max_order, cfg.ngram_smoothing, max(tokenizer.bos, 0)
+        return BackoffMixer(tokenizer.vocab, bos, order, smoothing, alpha, capacity)
+    return LogisticMixer(tokenizer, leaf, capacity, memory_mb or cfg.mixer_memory_mb)
 
 
 # ==================================================================================================
 # PACKING: training text, paid for in the artifact; coding it primes the mixer that codes it
 # ==================================================================================================
 
-PACK_CHUNK = 1 << 14  # tokens a call of the kernel
+PACK_CHUNK = 1 << 14  # tokens per call of the kernel
 CONSIDERED_TOKENS = 40_000_000  # of the training text; about 25 M fill an artifact
-SAMPLE_TOKENS = 1 << 17  # coded alone, they cost more a token than among many
-PACK_TOKENS_A_SECOND = 60_000  # at the least, for planning
-
-
-def rank_documents(text: Any, vocab: int, bos: int, budget: int) -> Iterator[Any]:
-    """Documents worth most, until they have `budget` tokens: (start, end) of each, best first.
-
-    Greedily brings the token pairs of the chosen documents close to those of all the text: a
-    document's worth is the mean, over its pairs, of their share in the text over their share in
-    what is chosen, weighed anew when that has doubled, or grown by a sixteenth of the budget. Only
-    the training text is looked at.
-    """
-    starts = np.flatnonzero(text == bos)
-    if len(starts) == 0 or starts[0] != 0:
-        starts = np.concatenate([[0], starts])
-    ends = np.append(starts[1:], len(text))
-    pairs = np.zeros(len(text), np.uint16)
-    wide = text.astype(np.uint32)
-    pairs[1:] = (wide[:-1] * np.uint32(vocab) + wide[1:]) * np.uint32(0x9E3779B1) >> 16
-    share = np.bincount(pairs, minlength=1 << 16) / len(text)
-    taken, free, total = np.zeros(1 << 16), np.ones(len(starts), bool), 0
-    while free.any() and total < budget:
-        have = (taken + 100 * share) / (total + 100)
-        worth = np.add.reduceat((share / np.maximum(have, 1e-12))[pairs], starts) / (ends - starts)
-        order = np.argsort(np.where(free, -worth, np.inf), kind="stable")[: free.sum()]
-        size = np.cumsum((ends - starts)[order])
-        batch = order[: max(int(np.searchsorted(size, min(budget / 16, total))), 1)]
-        for i in batch:
-            if total >= budget:
-                return
-            yield int(starts[i]), int(ends[i])
-            total += int(ends[i] - starts[i])
-            taken += np.bincount(pairs[starts[i] : ends[i]], minlength=1 << 16)
-        free[batch] = False
-
-
-def token_bytes(text: Any, budget: int, tokens: Tokenizer, leaf: Any) -> float:
-    """Code bytes a token, at the most, of `budget` bytes: what a sample (n,) costs, and a tenth."""
-    mixer, coder, count = LogisticMixer(tokens, leaf, len(text), 64), Coder(), 0
-    while count < len(text) and len(coder.out) < budget:
-        part = text[count : count + 1024].astype(np.int64)
-        mixer.code(part, None, coder)
-        count += len(part)
-    return 1.1 * (len(coder.out) + 1) / (count + 1)
+TREE_TOKENS = 2_000_000  # that the mixer's tree is made of
+MESSAGE_TOKENS = 256  # what a mixer that has packed text still has room for: see EVALUATION
 
 
 class Packer:
-    """Codes training text beside the training, in a thread that owns one core while it lasts."""
+    """Codes training text beside the training, in a thread that owns one core while it lasts.
+
+    It takes the text from its start: shards hold documents in random order, and a choice of
+    documents is worth nothing on text of one kind (tests/benchmarks/README.md).
+    """
 
     def __init__(
-        self, data: TrainWindows, tokens: Tokenizer, cfg: Knobs, budget: int, workers: Workers
+        self, data: TrainWindows, tokenizer: Tokenizer, cfg: Knobs, budget: int, workers: Workers
     ) -> None:
-        self.tokens, self.cfg, self.budget, self.workers = tokens, cfg, budget, workers
-        self.data, self.seconds, self.error = data, 0.0, None
+        """budget: bytes of code at most; workers: the training's, one of which rests meanwhile."""
+        self.data, self.tokenizer, self.cfg = data, tokenizer, cfg
+        self.budget, self.workers = budget, workers
+        self.seconds = 0.0
+        self.error: Exception | None = None
         self.thread = threading.Thread(target=self.run, daemon=True)
         self.mixer: LogisticMixer | None = None
-        self.code, self.count, self.leaf = Coder(), 0, np.arange(tokens.vocab)
-        LogisticMixer(tokens, self.leaf, 1, 1).begin(0)  # compiled before the clock starts
+        self.leaf = np.arange(tokenizer.vocab)
+        self.coder = Coder()
+        self.count = 0
+        LogisticMixer(tokenizer, self.leaf, 1, 1).begin(0)  # compiled before the clock starts
 
     def start(self, spent_s: float) -> None:
         """Begin, `spent_s` after MAX_WALLCLOCK_SECONDS started.
 
-        Without such a clock it ends here, so that what the contexts foresee, and with it the run's
-        every bit, does not depend on how fast packing goes beside training.
+        Without such a clock packing ends here: what is packed must not depend on how fast it goes.
         """
         self.begin = time.perf_counter()
         self.deadline = self.begin + (self.cfg.max_wallclock_seconds or math.inf) - spent_s
@@ -3442,46 +3708,24 @@ class Packer:
         return self.deadline - time.perf_counter()
 
     def pack(self) -> None:
-        """Code documents until bytes or time run out, most of them in one batch, the best last."""
+        """Code the training text, chunk by chunk, until it, the bytes or the time run out."""
         parts, left = [], CONSIDERED_TOKENS
-        for shard in self.data.shards:
-            parts.append(check_ids(shard[:left], self.tokens.vocab, "training text"))
+        for path, shard in zip(self.data.paths, self.data.shards, strict=True):
+            parts.append(check_ids(shard[:left], self.tokenizer.vocab, path))
             left -= len(parts[-1])
         text = np.concatenate(parts)
-        if self.cfg.complement_by == "contexts" and self.cfg.complement_alpha:
-            self.data.foreseen = np.zeros(len(text), np.float16)
-        self.leaf = token_tree(text[:2_000_000], self.tokens.vocab)
-        at_most = max(self.time_left(), 0) * 4 * PACK_TOKENS_A_SECOND
-        most = min(self.budget / 0.3, at_most, len(text))
-        self.capacity = int(most) + (1 << 20)
-        room = self.capacity + MESSAGE_TOKENS + 1
-        self.mixer = LogisticMixer(self.tokens, self.leaf, room, self.cfg.mixer_memory_mb)
-        documents = rank_documents(text, self.tokens.vocab, self.tokens.bos, int(most))
-        rate = token_bytes(text[:SAMPLE_TOKENS], self.budget, self.tokens, self.leaf)
-        while self.budget - len(self.code.out) > 1000 and self.time_left() > 1:
-            plan = min((self.budget - len(self.code.out)) / rate,
-                       self.time_left() * PACK_TOKENS_A_SECOND)  # fmt: skip
-            batch, size = [], 0
-            while size < plan and (span := next(documents, None)):
-                batch.append(np.arange(*span))
-                size += len(batch[-1])
-            if not batch:
-                break
-            self.code_batch(text, np.concatenate(batch[::-1]))
-            rate = 1.1 * len(self.code.out) / max(self.count, 1)
-
-    def code_batch(self, text: Any, places: Any) -> None:
-        """Code the tokens of these places in chunks, as long as bytes and time are left."""
-        while len(places) and self.time_left() > 0:
-            room = self.budget - len(self.code.out) - 8  # 3 bytes a token: more than text takes
-            size = min(PACK_CHUNK, room // 3, self.capacity - self.count)
-            if size <= 0:
+        self.leaf = token_tree(text[:TREE_TOKENS], self.tokenizer.vocab)
+        text = text[: int(self.budget / 0.3)]  # more than these bytes can hold
+        room = len(text) + MESSAGE_TOKENS + 1
+        self.mixer = LogisticMixer(self.tokenizer, self.leaf, room, self.cfg.mixer_memory_mb)
+        while self.time_left() > 0:
+            free = self.budget - len(self.coder.out) - 8
+            size = min(PACK_CHUNK, free // 3)  # 3 bytes per token: more than text takes
+            chunk = text[self.count : self.count + max(size, 0)].astype(np.int64)
+            if not len(chunk):
                 return
-            part, places = places[:size], places[size:]
-            nats = self.mixer.code(text[part].astype(np.int64), None, self.code)[:, 0]
-            if len(self.data.foreseen):
-                self.data.foreseen[part] = np.maximum(np.exp(-nats), 1e-7)  # 0: not known
-            self.count += len(part)
+            self.mixer.code(chunk, None, self.coder)
+            self.count += len(chunk)
 
     def wait(self) -> None:
         """Wait for the thread; raises what went wrong in it."""
@@ -3493,7 +3737,7 @@ class Packer:
         """What is packed, once all is."""
         self.wait()
         digest = self.mixer.read_sha256()
-        return PackedText(self.leaf, self.count, digest, self.code.finish())
+        return PackedText(self.leaf, self.count, digest, self.coder.finish())
 
 
 def unpack(mixer: LogisticMixer, packed: PackedText, label: str) -> None:
@@ -3508,11 +3752,13 @@ def unpack(mixer: LogisticMixer, packed: PackedText, label: str) -> None:
 
 
 # ==================================================================================================
-# EVALUATION: each position scored exactly once
+# EVALUATION: load, prime, decode the message, score each position exactly once, total
 # ==================================================================================================
 
+Rows = Iterator[tuple[int, np.ndarray]]  # (first target, a row for it and each of the next ones)
 
-def windows(targets: int, seq_len: int, stride: int) -> Iterator[tuple[int, int, int]]:
+
+def scoring_windows(targets: int, seq_len: int, stride: int) -> Iterator[tuple[int, int, int]]:
     """(start, first, last): input starts at `start`, targets first..last-1 are scored by it.
 
     Targets are numbered from 0; target i is token i + 1 and follows input i. Each is scored once,
@@ -3523,45 +3769,70 @@ def windows(targets: int, seq_len: int, stride: int) -> Iterator[tuple[int, int,
         yield first + stride - seq_len, first, min(first + stride, targets)
 
 
-def net_stream(
-    model: GPT, params: Arrays, text: Any, shape: tuple[int, int, int], workers: Workers
-) -> Iterator[tuple[int, Any]]:
+def log_softmax(logits: np.ndarray) -> np.ndarray:
+    """(..., V) float32 -> log-probabilities in nats, float32, whose sum is 1 within 1e-6.
+
+    MLX's sum of a row, in float32, is off by up to 5e-6: a score that no decoder could reach.
+    """
+    logits = logits - logits.max(axis=-1, keepdims=True)
+    total = np.exp(logits).sum(axis=-1, keepdims=True, dtype=np.float64)
+    return (logits - np.log(total)).astype(np.float32)
+
+
+def pad_text(text: np.ndarray, length: int, bos: int) -> np.ndarray:
+    """The text and BOS behind it, where a causal net does not look: (length,) int32."""
+    filled = np.full(length, max(bos, 0), np.int32)
+    filled[: len(text)] = text[:length]
+    return filled
+
+
+def first_window(model: GPT, text: np.ndarray, seq_len: int, workers: Workers) -> np.ndarray:
+    """The net's log-distributions after each input of the first window, alone: (T, V) float32.
+
+    A row is a function of the inputs up to its own, whatever follows, to the bit: a decoder, which
+    knows no more, makes the same one.
+    """
+    inputs = mx.array(pad_text(text[:seq_len], seq_len, model.bos)[None])
+    (logits,) = workers.map(model.logits, [(inputs, seq_len)])
+    return log_softmax(np.array(logits)[0])
+
+
+def net_rows(
+    model: GPT, text: np.ndarray, shape: tuple[int, int, int], workers: Workers,
+    cuts: Sequence[int] = (),
+) -> Rows:  # fmt: skip
     """The net's log-distributions of the text's targets, in text order.
 
-    text (n,) int32; shape: tokens a window, stride, windows a batch. Yields (first target, (m, V)
-    float32 NumPy nats); the parts cover targets 0 .. n-2 once. A context model takes its place as a
-    stage that consumes this stream and yields its own. Every batch has the same shape (the text's
-    end is padded on the right, where a causal net does not look), and only scored positions reach
-    the vocabulary head.
+    text (n,) int; shape: tokens per window, stride, windows per batch; cuts: where the first
+    window's targets are parted, each part being made when it is taken, of what is then in `text`.
+    Yields (first target, (m, V) float32 nats); the parts cover the targets once. Every batch has
+    the same shape, and only scored positions reach the vocabulary head.
     """
-    mx.eval(params)  # here, as the stream may be taken from by another thread
-    model.update(tree_unflatten(list(params.items())))
-    return batches_of_rows(model, text, shape, workers)
-
-
-def batches_of_rows(
-    model: GPT, text: Any, shape: tuple[int, int, int], workers: Workers
-) -> Iterator[tuple[int, Any]]:
-    """`net_stream`'s parts, by the model's own parameters."""
     seq_len, stride, batch = shape
     forward = model.logits if on_cpu() else mx.compile(model.logits, inputs=model.state)
-    padded = np.concatenate([text, np.full(seq_len + stride, max(model.bos, 0), np.int32)])
-    (_, _, end), *rest = windows(len(text) - 1, seq_len, stride)
-    yield 0, first_window(model, padded[:seq_len], workers)[:end]  # a decoder repeats it
+    (_, _, end), *rest = scoring_windows(len(text) - 1, seq_len, stride)
+    for first, last in itertools.pairwise([0, *cuts, end]):
+        if first < last:
+            yield first, first_window(model, text, seq_len, workers)[first:last]
+    padded = pad_text(text, len(text) + seq_len + stride, model.bos)
     batch = min(batch, max(len(rest), 1))
     for at in range(0, len(rest), batch):
-        group = rest[at : at + batch]
-        rows = np.stack([padded[s : s + seq_len] for s, _, _ in group])
+        together = rest[at : at + batch]
+        rows = np.stack([padded[s : s + seq_len] for s, _, _ in together])
         rows = np.pad(rows, [(0, batch - len(rows)), (0, 0)])
         shares = np.array_split(rows, min(workers.count, batch))
         parts = workers.map(forward, [(mx.array(share), stride) for share in shares])
         out = log_softmax(np.concatenate([np.array(p) for p in parts]))
-        for (_, first, end), logs in zip(group, out, strict=False):
+        for (_, first, end), logs in zip(together, out, strict=False):
             yield first, logs[: end - first]
 
 
-def ahead(parts: Iterator[tuple[int, Any]]) -> Iterator[tuple[int, Any]]:
-    """The same parts, each made while the one before is used."""
+def ahead(parts: Rows) -> Rows:
+    """The same parts, each made while the one before is used.
+
+    Whoever may stop before the last part closes it: its thread must not be left to the collector
+    of garbage, which can run while another thread is being started, and would wait for it.
+    """
     with ThreadPoolExecutor(1) as pool:
         try:
             coming = pool.submit(next, parts, None)
@@ -3572,46 +3843,21 @@ def ahead(parts: Iterator[tuple[int, Any]]) -> Iterator[tuple[int, Any]]:
             pool.submit(mx.clear_streams)  # a stream ends in the thread that made it
 
 
-def first_window(model: GPT, inputs: Any, workers: Workers) -> Any:
-    """The net's log-distributions after each of a window's inputs (T,), alone: (T, V) float32.
+def cost_tokens(
+    rows: Rows, known: np.ndarray, context_model: ContextModel, coder: Coder | None = None
+) -> Rows:
+    """The one scoring loop: the net's rows -> (first target, (m, 3) nats: net, contexts, all).
 
-    A row is a function of the inputs up to its own, whatever follows, to the bit.
+    known (n,) int64: the text. The context model, which has begun with the text's first token,
+    learns from each token after it is scored. With a coder it also writes the tokens' code, or
+    reads the tokens from a code into `known`.
     """
-    parts = workers.map(model.logits, [(mx.array(inputs[None]), len(inputs))])
-    return log_softmax(np.array(parts[0])[0])
+    for first, logs in rows:
+        tokens = known[first + 1 : first + 1 + len(logs)]
+        yield first, context_model.score(tokens, logs, coder)
 
 
-def log_softmax(logits: Any) -> Any:
-    """(..., V) float32 -> log-probabilities in nats, float32, whose sum is 1 within 1e-6.
-
-    MLX's sum of a row, in float32, is off by up to 5e-6: a score that no decoder could reach.
-    """
-    logits = logits - logits.max(axis=-1, keepdims=True)
-    total = np.exp(logits).sum(axis=-1, keepdims=True, dtype=np.float64)
-    return (logits - np.log(total)).astype(np.float32)
-
-
-def bits_per_byte(nats: float, byte_count: int) -> float:
-    """Code length in nats over the decoded text's UTF-8 length -> bits per byte."""
-    return nats / math.log(2) / byte_count
-
-
-def costs(
-    stream: Iterator[tuple[int, Any]], text: Any, scorer: ContextModel, done: int = 0
-) -> Iterator[tuple[int, Any]]:
-    """Stages of the production score: the net's stream -> (first target, (m, 3) nats).
-
-    The columns: the net alone, the context models alone, all together. The scorer, which has begun
-    with the text's first token, learns from each token after it is scored; its first `done` targets
-    are scored already.
-    """
-    for first, logs in stream:
-        logs, first = logs[max(done - first, 0) :], max(first, done)
-        if len(logs):
-            yield first, scorer.score(text[first + 1 : first + 1 + len(logs)], logs)
-
-
-def covering(parts: Iterator[tuple[int, Any]], targets: int) -> Iterator[tuple[int, Any]]:
+def covering(parts: Rows, targets: int) -> Rows:
     """The same parts. Raises AuditFailed unless they cover every target once, in order."""
     done = 0
     for first, part in parts:
@@ -3623,141 +3869,273 @@ def covering(parts: Iterator[tuple[int, Any]], targets: int) -> Iterator[tuple[i
         raise AuditFailed("coverage", f"scored {done} of {targets} targets")
 
 
-def score(
-    parts: Iterator[tuple[int, Any]], text: Any, tokens: Tokenizer, show: Progress
-) -> dict[str, Any]:
+def bits_per_byte(nats: float, byte_count: int) -> float:
+    """Code length in nats over the decoded text's UTF-8 length -> bits per byte."""
+    return nats / math.log(2) / byte_count
+
+
+def total_score(costs: Rows, text: ValidationText, tokenizer: Tokenizer, show: Progress) -> Event:
     """Add up costs; returns loss (nats/token), BPB of all, net and contexts, and the counts."""
-    nats, byte_count, end = np.zeros(3), 0, 0
-    for first, part in covering(parts, len(text) - 1):
+    tokens, nats, byte_count, end = text.tokens, np.zeros(3), 0, 0
+    for first, part in covering(costs, len(tokens) - 1):
         nats, end = nats + part.sum(axis=0), first + len(part)
-        byte_count += int(tokens.bytes_of(text[first:end], text[first + 1 : end + 1]).sum())
+        byte_count += int(tokenizer.bytes_of(tokens[first:end], tokens[first + 1 : end + 1]).sum())
         bpb = bits_per_byte(float(nats[2]), max(byte_count, 1))
-        show(end, len(text) - 1, f"bpb {bpb:.4f}, ")
+        show(end, len(tokens) - 1, f"bpb {bpb:.4f}, ")
     if not (byte_count and np.isfinite(nats).all()):
         raise RunFailed(f"no score: {nats} nats over {byte_count} bytes of validation text")
     net, contexts, bpb = (bits_per_byte(float(n), byte_count) for n in nats)
     return {"val_loss": float(nats[2]) / end, "val_bpb": bpb, "val_bpb_net": net,
-            "val_bpb_context": contexts, "val_tokens": end, "val_bytes": byte_count}  # fmt: skip
+            "val_bpb_context": contexts, "val_tokens": end, "val_bytes": byte_count,
+            "val_whole": text.whole}  # fmt: skip
+
+
+def score_net(
+    model: GPT, params: Arrays, text: ValidationText, tokenizer: Tokenizer, cfg: Knobs,
+    workers: Workers,
+) -> Event:  # fmt: skip
+    """What weights score alone, at stride = window, while they are being trained."""
+    begin = time.perf_counter()
+    mx.eval(params)  # here, as another thread takes the rows
+    model.update(tree_unflatten(list(params.items())))
+    seq_len, stride = eval_shape(cfg, "standard")
+    shape = seq_len, stride, max(cfg.val_batch_size // seq_len, 1)
+    show = show_progress(f"eval standard{text.part}")
+    with contextlib.closing(ahead(net_rows(model, text.tokens, shape, workers))) as rows:
+        costs = cost_tokens(rows, text.tokens, ContextModel())
+        result = total_score(costs, text, tokenizer, show)
+    return {**result, "mode": "standard", "eval_time_ms": 1000 * (time.perf_counter() - begin)}
+
+
+def check_message(
+    code: bytes, bits: float, nats: np.ndarray, known: np.ndarray, text: np.ndarray
+) -> str:
+    """The decoded text must be the true one, the code as long as both sides claim; says so.
+
+    bits: the encoder's claim; nats (m, 3): the decoder's costs; known, text: (n,) tokens.
+    """
+    wrong = np.flatnonzero(known != text)
+    if len(wrong):
+        raise AuditFailed("message", f"decoded token {wrong[0] - 1} is not the text's")
+    decoded, size = float(nats[:, 2].sum()) / math.log(2), 8 * len(code)
+    for claim in (decoded, bits):
+        if not abs(size - claim) <= 0.01 * claim + 16:  # nor is NaN a claim
+            raise AuditFailed("message", f"{size} bits for a claim of {claim:.1f}")
+    return f"{len(nats)} tokens decoded from {len(code)} bytes, {decoded / 8:.1f} claimed"
+
+
+@dataclass
+class Scoring:
+    """An artifact, reloaded from disk, a text, and the stages that make a score of them."""
+
+    cfg: Knobs
+    path: Path  # of the artifact
+    artifact: Artifact
+    model: GPT
+    text: ValidationText
+    workers: Workers
+
+    @classmethod
+    def load(cls, cfg: Knobs, path: Path, folder: Path, workers: Workers) -> Scoring:
+        """Read the artifact and the validation shards of a folder."""
+        artifact = read_artifact(path)
+        made_with, tokenizer = artifact.header["knobs"], artifact.tokenizer
+        for name, value in knobs_of(cfg, "model").items():
+            its = made_with[name.upper()]
+            of_mixer = name == "mixer_memory_mb"
+            if as_text(value) != its and not (of_mixer and cfg.mixer != "logistic"):
+                raise UserError(f"{name.upper()}={as_text(value)}: {path} has {its}: unset it")
+        check_vocab(cfg, tokenizer)
+        if cfg.mixer == "logistic" and not artifact.packed:
+            raise UserError(f"MIXER=logistic: {path} was made with MIXER={made_with['MIXER']}")
+        quick = dataclasses.replace(cfg, use_ortho_init=False)  # its first weights are not used
+        model = GPT(quick, tokenizer.vocab, tokenizer.bos)
+        try:
+            model.load_weights(list(artifact.params.items()))
+        except ValueError as error:
+            raise UserError(f"{path}: its tensors do not fit its settings: {error}") from None
+        mx.eval(model.parameters())  # here, as another thread takes the net's rows
+        text = load_validation(folder, tokenizer, cfg.val_max_tokens)
+        return cls(cfg, path, artifact, model, text, workers)
+
+    def prime(self) -> ContextModel:
+        """A context model that has read the artifact's text, and nothing else."""
+        packed = self.artifact.packed if self.cfg.mixer == "logistic" else None
+        leaf, paid = (packed.leaf, packed.token_count) if packed else (None, 0)
+        capacity = len(self.text.tokens) + paid
+        context_model = new_context_model(self.cfg, self.artifact.tokenizer, leaf, capacity)
+        if packed:
+            unpack(context_model, packed, "priming")
+        if context_model.learned != paid:
+            learned = context_model.learned
+            raise AuditFailed("paid text", f"learned {learned} tokens, paid {paid}")
+        return context_model
+
+    def message_facts(self) -> dict[str, Any]:
+        """What a message says of itself: nothing of it may differ where it is decoded."""
+        count = min(MESSAGE_TOKENS, eval_shape(self.cfg)[0], len(self.text.tokens) - 1)
+        first = self.text.tokens[: count + 1].astype("<i4").tobytes()
+        machine = machine_kind(), processor_name(), mx.__version__, compute_dtype(self.cfg)
+        return {
+            "artifact": hashlib.sha256(self.path.read_bytes()).hexdigest(),
+            "text": hashlib.sha256(first).hexdigest(),
+            "tokens": count,
+            "window": eval_shape(self.cfg)[0],
+            "machine": [*machine, self.workers.count, cpu_cores()],
+        }
+
+    def read_message(self) -> tuple[bytes | None, Event, str]:
+        """(the message's code, if it can be decoded here, what it says of itself, else why not)."""
+        path = self.path.with_name("message.bin")
+        header, _, code = path.read_bytes().partition(b"\n")
+        try:
+            facts = dict(json.loads(header))
+            facts["bits"] = float(facts["bits"])
+        except (KeyError, ValueError, TypeError):
+            raise UserError(f"{path}: not a message of this script: remove it") from None
+        unlike = [k for k, fact in self.message_facts().items() if facts.get(k) != fact]
+        if unlike:
+            return None, facts, f"{path} not decoded: it is of another {', '.join(unlike)}"
+        return code, facts, ""
+
+    def code_message(
+        self, context_model: LogisticMixer, mode: str, code: bytes | None
+    ) -> tuple[np.ndarray, Rows, np.ndarray, Coder]:
+        """Score the first tokens: write their code, or decode the one that is given.
+
+        Returns (the text (n,) int64 as it is then known, the net's rows of the rest, the first
+        tokens' (m, 3) nats, the coder).
+        """
+        count, known = self.message_facts()["tokens"], self.text.tokens.astype(np.int64)
+        cuts = range(count, count + 1)
+        if code is not None:
+            cuts = range(1, count + 1)
+            known[1 : count + 1] = known[0]  # all that a decoder has is the first token
+        rows, coder = self.rows(mode, known, cuts), Coder(code)
+        first = itertools.islice(rows, len(cuts))
+        nats = [part for _, part in cost_tokens(first, known, context_model, coder)]
+        return known, rows, np.concatenate(nats), coder
+
+    def write_message(self, nats: np.ndarray, coder: Coder) -> str:
+        """Write what `code_message` has coded; returns a line that says so."""
+        path, bits = self.path.with_name("message.bin"), float(nats[:, 2].sum()) / math.log(2)
+        header = json.dumps({**self.message_facts(), "bits": bits}).encode()
+        try:
+            write_whole(path, header + b"\n" + coder.finish())
+        except OSError as error:
+            return f"no message written: {path}: {error.strerror}"
+        return f"{len(nats)} tokens written to {path}: the same command, run again, decodes them"
+
+    def rows(self, mode: str, known: np.ndarray, cuts: Sequence[int] = ()) -> Rows:
+        """The net's rows in an EVAL_MODE."""
+        shape = (*eval_shape(self.cfg, mode), self.cfg.eval_batch_seqs)
+        return net_rows(self.model, known, shape, self.workers, cuts)
+
+    def first_costs(
+        self, context_model: ContextModel, mode: str
+    ) -> tuple[np.ndarray, Rows, np.ndarray, str]:
+        """The message: decode it, or write it where there is none; nothing without a coder.
+
+        Returns (the text as it is then known, the net's rows of the rest, (m, 3) nats of the
+        tokens before it, a line that says what became of the message).
+        """
+        code, line = None, ""
+        if self.cfg.audit and self.cfg.mixer == "logistic":
+            if not self.path.with_name("message.bin").is_file():
+                known, rows, nats, coder = self.code_message(context_model, mode, None)
+                return known, rows, nats, self.write_message(nats, coder)
+            code, facts, line = self.read_message()
+        if code is None:
+            known = self.text.tokens.astype(np.int64)
+            return known, self.rows(mode, known), np.zeros((0, 3)), line
+        known, rows, nats, _ = self.code_message(context_model, mode, code)
+        line = check_message(code, facts["bits"], nats, known, self.text.tokens)
+        return known, rows, nats, line
+
+    def score(self, mode: str) -> tuple[Event, str]:
+        """One pass in an EVAL_MODE: (its record, a line about its message)."""
+        begin = time.perf_counter()
+        context_model = self.prime()
+        primed = time.perf_counter()
+        context_model.begin(int(self.text.tokens[0]))
+        known, rows, nats, line = self.first_costs(context_model, mode)
+        show = show_progress(f"eval {mode}{self.text.part}")
+        with contextlib.closing(ahead(rows)) as rest:
+            costs = itertools.chain([(0, nats)], cost_tokens(rest, known, context_model))
+            result = total_score(costs, self.text, self.artifact.tokenizer, show)
+        seconds = time.perf_counter() - primed
+        return {**result, "mode": mode, "mixer": self.cfg.mixer, "prime_seconds": primed - begin,
+                "eval_time_ms": 1000 * seconds}, line  # fmt: skip
 
 
 # ==================================================================================================
 # AUDIT: what makes the score true, checked through the code that makes it
 # ==================================================================================================
 
-MESSAGE_TOKENS = 256
 AUDIT_MEMORY_MB = 2
 MANY_TOKENS = 4096  # with a larger vocabulary, all of it is tried in one excerpt only
 BYTES_CHECKED = 2_000_000  # tokens that are decoded to count their bytes
+Trace = tuple[np.ndarray, np.ndarray]  # an excerpt's (n - 1, 3) nats and the net's (n - 1, V) rows
 
 
-class Message(NamedTuple):
-    """The validation text's first tokens as an arithmetic code."""
-
-    code: bytes
-    bits: float  # as claimed by the encoder's score
-    tokens: int
-
-
-def encode_message(
-    mixer: LogisticMixer, model: GPT, text: Any, seq_len: int, workers: Workers
-) -> Message:
-    """Encode with a primed mixer, which is used up by it."""
-    count, coder = min(MESSAGE_TOKENS, seq_len, len(text) - 1), Coder()  # of the first window
-    inputs = np.pad(text[: seq_len + 1], (0, max(seq_len - len(text), 0)))[:seq_len]
-    logs = first_window(model, inputs, workers)[:count]
-    mixer.begin(int(text[0]))
-    nats = mixer.code(text[1 : count + 1].astype(np.int64), logs, coder)
-    return Message(coder.finish(), float(nats[:, 1].sum()) / math.log(2), count)
-
-
-def decode_message(
-    message: Message, mixer: LogisticMixer, model: GPT, first: int, seq_len: int, workers: Workers
-) -> tuple[Any, Any]:
-    """Decode token by token, running the net on what is decoded: (tokens (m,), (m, 3) nats)."""
-    inputs, coder = np.full(seq_len, first, np.int32), Coder(message.code)
-    mixer.begin(first)
-    nats, tokens = np.zeros((message.tokens, 3)), np.zeros(message.tokens, np.int64)
-    for i in range(message.tokens):
-        logs = first_window(model, inputs, workers)[i : i + 1]
-        nats[i, 1:] = mixer.code(tokens[i : i + 1], logs, coder)[0]
-        nats[i, 0] = -logs[0, tokens[i]]
-        inputs[i + 1 : i + 2] = tokens[i]
-    return tokens, nats
-
-
-def check_message(message: Message, tokens: Any, nats: Any, text: Any) -> str:
-    """The decoded tokens must be the text's, at the claimed length; returns a line that says so."""
-    wrong = np.flatnonzero(tokens != text[1 : len(tokens) + 1])
-    if len(wrong):
-        raise AuditFailed("message", f"decoded token {wrong[0]} is not the text's")
-    claimed, size = float(nats[:, 2].sum()) / math.log(2), 8 * len(message.code)
-    for bits in (claimed, message.bits):
-        if abs(size - bits) > 0.01 * bits + 16:
-            raise AuditFailed("message", f"{size} bits for a claim of {bits:.1f}")
-    return f"{message.tokens} tokens decoded from {size // 8} bytes, {claimed / 8:.1f} claimed"
-
-
-@dataclass
 class Audit:
     """Checks of the production score on excerpts, from an unprimed state."""
 
-    cfg: Knobs
-    artifact: Artifact
-    model: GPT
-    workers: Workers
+    def __init__(self, scoring: Scoring) -> None:
+        self.scoring, self.cfg, self.tokenizer = scoring, scoring.cfg, scoring.artifact.tokenizer
 
-    def trace(self, text: Any) -> tuple[Any, Any]:
-        """Score an excerpt: (n - 1, 3) nats and the net's rows, (n - 1, V)."""
+    def trace(self, text: np.ndarray) -> Trace:
+        """Score an excerpt as the score does."""
         shape = (*eval_shape(self.cfg, self.cfg.eval_mode), 2)
-        parts = list(ahead(net_stream(self.model, self.artifact.params, text, shape, self.workers)))
-        scorer = self.scorer(len(text))
-        scorer.begin(int(text[0]))
-        nats = [part for _, part in covering(costs(parts, text, scorer), len(text) - 1)]
-        return np.concatenate(nats), np.concatenate([logs for _, logs in parts])
+        rows = list(ahead(net_rows(self.scoring.model, text, shape, self.scoring.workers)))
+        context_model = self.small_model(text)
+        costs = covering(cost_tokens(iter(rows), text, context_model), len(text) - 1)
+        nats = np.concatenate([part for _, part in costs])
+        return nats, np.concatenate([logs for _, logs in rows])
 
-    def scorer(self, capacity: int) -> ContextModel:
-        """A small one that has seen nothing."""
-        leaf = self.artifact.packed.leaf if self.artifact.packed else None
-        return new_context_model(self.cfg, self.artifact.tokens, leaf, capacity, AUDIT_MEMORY_MB)
+    def small_model(self, text: np.ndarray) -> ContextModel:
+        """A small context model that has seen nothing but the text's first token."""
+        packed = self.scoring.artifact.packed
+        leaf, room = packed.leaf if packed else None, len(text) + 1
+        small = new_context_model(self.cfg, self.tokenizer, leaf, room, AUDIT_MEMORY_MB)
+        small.begin(int(text[0]))
+        return small
 
-    def causal(self, text: Any, trace: tuple[Any, Any], at: int, rng: Any) -> None:
+    def causal(self, text: np.ndarray, trace: Trace, at: int, rng: np.random.Generator) -> None:
         """Replace target `at` and what follows: nothing before, no distribution at it, moves."""
-        (nats, rows), other = trace, text.copy()
-        other[at + 1 :] = rng.integers(0, self.artifact.tokens.vocab, len(text) - at - 1)
-        other[at + 1] = (text[at + 1] + 1) % self.artifact.tokens.vocab
+        (nats, rows), other, vocab = trace, text.copy(), self.tokenizer.vocab
+        other[at + 1 :] = rng.integers(0, vocab, len(text) - at - 1)
+        other[at + 1] = (text[at + 1] + 1) % vocab
         nats_2, rows_2 = self.trace(other)
-        if (nats[:at] != nats_2[:at]).any():
-            first = np.flatnonzero((nats[:at] != nats_2[:at]).any(axis=1))[0]
-            raise AuditFailed("causality", f"the score of target {first} depends on target {at}")
+        moved = np.flatnonzero((nats[:at] != nats_2[:at]).any(axis=1))
+        if len(moved):
+            raise AuditFailed("causality", f"the score of target {moved[0]} depends on target {at}")
         if (rows[: at + 1] != rows_2[: at + 1]).any():
             raise AuditFailed("causality", f"the net's row at {at} depends on what follows")
 
-    def normalised(self, text: Any, trace: tuple[Any, Any], at: int) -> None:
+    def normalised(self, text: np.ndarray, trace: Trace, at: int) -> None:
         """Put every token in the place of target `at`: the scores sum to 1."""
-        nats, rows = trace
-        scorer = self.scorer(len(text) + 1)
-        scorer.begin(int(text[0]))
-        before = scorer.score(text[1 : at + 1], rows[:at])
+        (nats, rows), context_model = trace, self.small_model(text)
+        before = context_model.score(text[1 : at + 1], rows[:at])
         if (before != nats[:at]).any():
             raise AuditFailed("causality", f"scores before {at} depend on how the text is cut")
-        state, vocab = scorer.save(), self.artifact.tokens.vocab
-        out = np.zeros((vocab, 3))
-        for v in range(vocab):
-            out[v] = scorer.score(np.array([v], np.int32), rows[at : at + 1])[0]
-            scorer.restore(state)
-        if (out[text[at + 1]] != nats[at]).any():
+        state, tried = context_model.save(), []
+        for v in range(self.tokenizer.vocab):
+            tried.append(context_model.score(np.array([v]), rows[at : at + 1])[0])
+            context_model.restore(state)
+        if (tried[text[at + 1]] != nats[at]).any():
             raise AuditFailed("normalisation", f"target {at} has two scores")
-        for column, name in enumerate(("net", "context", "mixed")):
-            total = float(np.exp(-out[:, column]).sum())
-            if not (np.isfinite(out[:, column]).all() and abs(total - 1) <= 1e-6):
+        for column, name in zip(np.array(tried).T, ("net", "context", "mixed"), strict=True):
+            total = float(np.exp(-column).sum())
+            if not (np.isfinite(column).all() and abs(total - 1) <= 1e-6):
                 raise AuditFailed("normalisation", f"{name} probabilities at {at} sum to {total}")
 
-    def excerpts(self, text: Any, seed: int) -> str:
+    def excerpts(self, seed: int) -> str:
         """Causality and normalisation at a document's start, at random places and at the tail."""
-        rng = np.random.default_rng(seed)
+        text, rng = self.scoring.text.tokens.astype(np.int64), np.random.default_rng(seed)
         length, stride = eval_shape(self.cfg, self.cfg.eval_mode)
         size = min(length + stride + stride // 2 + 2, len(text))  # a window, then a batch of two
-        starts = np.flatnonzero(text[1:] == self.artifact.tokens.bos) + 1
+        starts = np.flatnonzero(text[1:] == self.tokenizer.bos) + 1
         begins = [max(int(rng.choice(starts)) - 8, 0) if len(starts) else 0,
                   int(rng.integers(0, len(text))), len(text) - size]  # fmt: skip
         begins, sums = [min(begin, len(text) - size) for begin in begins], 0
@@ -3766,109 +4144,95 @@ class Audit:
             trace, last = self.trace(excerpt), len(excerpt) - 2
             for at in {min(7, last), min(length, last), int(rng.integers(0, last + 1)), last}:
                 self.causal(excerpt, trace, at, rng)
-            if begin == begins[0] or self.artifact.tokens.vocab <= MANY_TOKENS:
+            if begin == begins[0] or self.tokenizer.vocab <= MANY_TOKENS:
                 self.normalised(excerpt, trace, int(rng.integers(0, last + 1)) if sums else last)
                 sums += 1
         return f"causal in {len(begins)}, normalised in {sums} excerpts of {size} tokens"
 
-    def byte_count(self, text: Any, tokenizer: Path | None) -> str:
+    def byte_count(self, tokenizer_path: Path | None) -> str:
         """The byte table against the UTF-8 length of the decoded text."""
-        if tokenizer is None:
+        if tokenizer_path is None:
             return "bytes not checked: that needs TOKENIZER_PATH"
         import sentencepiece
 
-        tokens, text = self.artifact.tokens, text[:BYTES_CHECKED]
-        if hashlib.sha256(tokenizer.read_bytes()).hexdigest() != tokens.sha256:
-            raise UserError(f"TOKENIZER_PATH={tokenizer}: the artifact was made with another one")
-        model = sentencepiece.SentencePieceProcessor(model_file=str(tokenizer))
+        table, text = self.tokenizer, self.scoring.text.tokens[:BYTES_CHECKED]
+        if hashlib.sha256(tokenizer_path.read_bytes()).hexdigest() != table.sha256:
+            raise UserError(
+                f"TOKENIZER_PATH={tokenizer_path}: the artifact was made with another one"
+            )
+        model = sentencepiece.SentencePieceProcessor(model_file=str(tokenizer_path))
         while len(text) > 1 and model.is_byte(int(text[-1])):  # a cut may have split a character
             text = text[:-1]
-        parts = np.split(text, np.flatnonzero(text == tokens.bos))
+        parts = np.split(text, np.flatnonzero(text == table.bos))
         true = sum(len(model.decode(part.tolist()).encode()) for part in parts if len(part))
-        prefix = tokens.dummy_prefix and tokens.leading[text[0]]
-        start = int(tokens.piece_bytes[text[0]]) - int(prefix)
-        count = start + int(tokens.bytes_of(text[:-1], text[1:]).sum())
+        prefix = table.dummy_prefix and table.leading[text[0]]
+        start = int(table.piece_bytes[text[0]]) - int(prefix)
+        count = start + int(table.bytes_of(text[:-1], text[1:]).sum())
         if count != true:
             raise AuditFailed("bytes", f"the table gives {count}, the decoded text has {true}")
         return f"{true} bytes, as the first {len(text)} tokens have when they are decoded"
 
+    def whole(self, folder: Path) -> None:
+        """The label of the text must fit what the folder's shards hold."""
+        scored, whole = len(self.scoring.text.tokens), self.scoring.text.whole
+        total = sum(len(open_shard(path)) for path in find_shards(folder, "val"))
+        if whole != (scored == total):
+            raise AuditFailed("whole text", f"{scored} of {total} tokens are called whole")
 
-# ==================================================================================================
-# MODES
-# ==================================================================================================
-
-
-@dataclass
-class Validation:
-    """The validation text and how to score a set of weights on it."""
-
-    cfg: Knobs
-    model: GPT
-    tokens: Tokenizer
-    folder: Path  # of the shards
-    workers: Workers
-
-    def __post_init__(self) -> None:
-        paths = find_shards(self.folder, "val")
-        self.shards, manifest = len(paths), self.folder / "manifest.json"
-        made_by = read_manifest(manifest).get("tokenizer_sha256", self.tokens.sha256)
-        if made_by != self.tokens.sha256:
-            raise UserError(f"{manifest}: these shards were made by another tokenizer: choose the "
-                            "DATA_PATH and TOKENIZER_PATH that belong together")  # fmt: skip
-        self.text, self.whole = load_validation(paths, self.tokens, self.cfg.val_max_tokens)
-        self.part = "" if self.whole else " (PART of the text)"
-
-    def run(
-        self, params: Arrays, mode: str, batch: int, scorer: ContextModel, scored: Any = ()
-    ) -> Event:
-        """Score in 'standard' (stride = window) or 'sliding' mode, `batch` windows at once.
-
-        scored: parts that `costs` would yield first, if they are known already.
-        """
-        done = sum(len(part) for _, part in scored)
-        begin, shape = time.perf_counter(), (*eval_shape(self.cfg, mode), batch)
-        stream = net_stream(self.model, params, self.text, shape, self.workers)
-        parts = costs(ahead(stream), self.text, scorer, done)
-        show = show_progress(f"eval {mode}{self.part}")
-        result = score(itertools.chain(scored, parts), self.text, self.tokens, show)
-        seconds = time.perf_counter() - begin
-        return {"mode": mode, **result, "val_whole": self.whole, "eval_time_ms": 1000 * seconds}
-
-    def check_whole(self) -> None:
-        """The label must fit what the shards hold."""
-        total = sum(len(open_shard(path)) for path in find_shards(self.folder, "val"))
-        if self.whole != (len(self.text) == total):
-            raise AuditFailed("whole text", f"{len(self.text)} of {total} tokens are called whole")
-
-    def during_training(self, trainer: Trainer) -> None:
-        """Score and log the averaged weights, at stride = window."""
-        batch = max(self.cfg.val_batch_size // eval_length(self.cfg), 1)
-        result = self.run(trainer.average, "standard", batch, ContextModel())
-        trainer.report.event({"event": "val", "step": trainer.step, **result}, VAL_LINE)
-
-
-def gigaflops(workers: Workers) -> float:
-    """GFLOP/s of a 768-cube float32 matrix product in each worker at once."""
-    a = mx.random.normal((768, 768))
-    mx.eval(a)
-    for _ in range(2):  # the first touches memory
+    def run(self, folder: Path, tokenizer_path: Path | None) -> list[str]:
+        """All checks; returns lines that say what was checked. Raises AuditFailed."""
         begin = time.perf_counter()
-        workers.map(mx.matmul, [(a, a)] * workers.count)
-    return workers.count * 2 * 768**3 / (time.perf_counter() - begin) / 1e9
+        lines = [self.excerpts(self.cfg.seed), self.byte_count(tokenizer_path)]
+        self.whole(folder)
+        return [*lines, f"checks took {time.perf_counter() - begin:.0f} s"]
 
 
-def describe_machine(cfg: Knobs, workers: Workers, ranks: Ranks) -> Event:
-    """Facts of the machine for the config event."""
-    machine = f"{platform.system()} {platform.machine()} {'cpu' if on_cpu() else 'gpu'}"
-    return {
-        "machine": machine, "mlx_version": mx.__version__, "dtype_used": compute_dtype(cfg),
+# ==================================================================================================
+# MODES: train, which ends when artifact and message are on disk; score, a program of its own
+# ==================================================================================================
+
+
+def describe_start(
+    cfg: Knobs, report: Report, warnings: list[str], workers: Workers, ranks: int
+) -> None:
+    """Lines that say what runs where, and the config event."""
+    if on_cpu() and not MLX_COMPILES:
+        warnings = [*warnings, "no g++: MLX's CPU kernels run uncompiled, which is slower"]
+    for warning in warnings:
+        report.line(f"warning: {warning}")
+    machine = {
+        "machine": machine_kind(), "mlx_version": mx.__version__, "dtype_used": compute_dtype(cfg),
         "blas_used": BLAS_NAME if on_cpu() else "not used", "workers_used": workers.count,
-        "ranks": ranks.count, "gflops": gigaflops(workers),
+        "ranks": ranks, "gflops": gigaflops(workers),
     }  # fmt: skip
+    report.event({"event": "config", **dataclasses.asdict(cfg), **machine}, *CONFIG_LINES)
 
 
-def describe_training(trainer: Trainer, validation: Validation) -> Iterator[str]:
-    """Lines: parameters by group, the data, the artifact's size by estimate."""
+def estimate_memory(
+    params: Arrays, cfg: Knobs, microbatches: list[int], targets: int
+) -> dict[str, int]:
+    """Peak bytes by estimate: {"net": of training, "mixer": of a process that has one}.
+
+    microbatches: windows that each worker holds at once; targets: tokens of the validation text.
+    The net's are its float32 tensors (values, moments, average, old and new; gradients of each
+    worker and their sum) and what a microbatch keeps for its gradient: its blocks, the scores, and
+    the head.
+    """
+    size = 4 if compute_dtype(cfg) == "float32" else 2
+    tokens = sum(microbatches) * cfg.train_seq_len
+    seen = 5 / 8 if on_cpu() else 1  # of the scores: see `query_blocks`
+    scores = int(cfg.num_heads * cfg.train_seq_len * seen)
+    block = (8 + 3 * cfg.mlp_mult) * cfg.model_dim + scores  # fitted to tests/benchmarks/memory.py
+    head = min(cfg.logit_chunk_tokens or tokens, tokens) * params["tok_emb"].shape[0] * 4 * 4
+    copies = sum(p.size for p in params.values()) * 4 * (7 + len(microbatches))
+    nodes = targets * (cfg.ngram_max_order + 1)  # at most, each with up to four slots
+    mixer = {"logistic": cfg.mixer_memory_mb << 20, "backoff": nodes * (NODE.itemsize + 16)}
+    net = copies + tokens * cfg.num_layers * block * size + head
+    return {"net": net, "mixer": mixer.get(cfg.mixer, 0)}
+
+
+def describe_training(trainer: Trainer, text: ValidationText) -> Iterator[str]:
+    """Lines: parameters by group, the data, the artifact's size and the memory by estimate."""
     cfg, data = trainer.cfg, trainer.data
     yield f"parameters: {sum(p.size for p in trainer.params.values()):,}"
     for group in GROUPS:
@@ -3879,60 +4243,33 @@ def describe_training(trainer: Trainer, validation: Validation) -> Iterator[str]
                    f"{group.optimizer}, lr {getattr(cfg, group.lr)}, stored in {bits}")  # fmt: skip
     size = estimate_bytes(trainer.params, trainer.groups, cfg)
     yield f"train: {data.tokens:,} tokens in {len(data.shards)} shard(s)"
-    yield (f"validation: {len(validation.text):,} tokens in {validation.shards} shard(s)"
-           f"{validation.part}")  # fmt: skip
+    yield f"validation: {len(text.tokens):,} tokens in {text.shards} shard(s){text.part}"
     yield f"script and artifact: about {size:,} of {ARTIFACT_LIMIT_BYTES:,} bytes, by estimate"
-    pieces = [piece.stop - piece.start for piece in trainer.rounds[0]]
-    use = estimate_memory(trainer.params, cfg, pieces, len(validation.text))
+    use = estimate_memory(trainer.params, cfg, trainer.largest_microbatches, len(text.tokens))
     limit = memory_limit()
-    most = max(use["net"] + use["mixer"], 2 * use["mixer"])  # two processes prime a mixer each
     yield (f"memory: about {use['net'] / 1e9:.1f} GB for the net's training, "
            f"{use['mixer'] / 1e9:.1f} for a mixer, by estimate, of {limit / 1e9:.1f}")  # fmt: skip
-    if most > limit:
+    if use["net"] + use["mixer"] > limit:
         yield "warning: memory may not suffice: lower MLX_MAX_MICROBATCH_TOKENS or MIXER_MEMORY_MB"
 
 
-def train_and_export(
-    cfg: Knobs, folder: Path, tokenizer: Path, report: Report, workers: Workers, ranks: Ranks
-) -> tuple[Event, LogisticMixer | None]:
-    """Train, pack, keep the raw weights, write the artifact: (sizes and counts, primed mixer).
-
-    The last three are rank 0's; on the others there is ({}, None).
-    """
-    tokens = load_tokenizer(tokenizer)
-    check_vocab(cfg, tokens)
-    data = TrainWindows(find_shards(folder, "train"), cfg.train_seq_len, cfg.seed, tokens.vocab)
-    ranks.check_same(f"{shared_knobs(cfg)} {tokens.sha256} {[len(s) for s in data.shards]}")
-    model = GPT(cfg, tokens.vocab, tokens.bos)
-    validation = Validation(cfg, model, tokens, folder, workers)
-    trainer = Trainer(model, cfg, data, report, workers, ranks)
-    for line in describe_training(trainer, validation):
-        report.line(line)
-    if cfg.resume and not ranks.rank:
-        trainer.load()
-    trainer.share()
-    trainer.warm_up()
-    packer = new_packer(trainer, tokens)
-    if packer:
-        if not cfg.max_wallclock_seconds:
-            report.line("packing text first, as there is no MAX_WALLCLOCK_SECONDS to share")
-        elif cfg.resume:
-            left = max(cfg.max_wallclock_seconds - trainer.elapsed_s, 0)
-            report.line(f"packing starts anew, with {left:.0f} s of MAX_WALLCLOCK_SECONDS left")
-        packer.start(trainer.elapsed_s)
-    train(trainer, validation)
-    if ranks.rank:
-        return {}, None
-    validation.during_training(trainer)
-    made = {**export(trainer, packer, tokens), "tokenizer_bytes": tokenizer.stat().st_size}
-    report.event(made, EXPORT_LINE)
-    return made, packer.mixer if packer else None
+def new_packer(trainer: Trainer, tokenizer: Tokenizer) -> Packer | None:
+    """Rank 0's packer, with the bytes it may use; None unless MIXER=logistic."""
+    cfg = trainer.cfg
+    if cfg.mixer != "logistic" or trainer.ranks.rank:
+        return None
+    net = estimate_bytes(trainer.params, trainer.groups, cfg)
+    room = max(ARTIFACT_LIMIT_BYTES - net - net // 50 - 20_000 - 3 * tokenizer.vocab, 0)
+    budget = room if cfg.pack_text_bytes < 0 else cfg.pack_text_bytes
+    if budget > room:
+        raise UserError(f"PACK_TEXT_BYTES={cfg.pack_text_bytes}: script and net leave about {room}")
+    return Packer(trainer.data, tokenizer, cfg, budget, trainer.workers)
 
 
-def export(trainer: Trainer, packer: Packer | None, tokens: Tokenizer) -> Event:
+def export(trainer: Trainer, report: Report, packer: Packer | None, tokenizer: Tokenizer) -> Event:
     """Keep the raw weights, wait for the packer, write the artifact; returns the export event."""
-    cfg, report, packed, seconds = trainer.cfg, trainer.report, None, trainer.elapsed_s
-    meta = {"knobs": json.dumps(dataclasses.asdict(cfg)), "tokenizer_sha256": tokens.sha256}
+    cfg, packed, seconds = trainer.cfg, None, trainer.elapsed_s
+    meta = {"knobs": json.dumps(dataclasses.asdict(cfg)), "tokenizer_sha256": tokenizer.sha256}
     mx.save_safetensors(str(report.folder / "model.safetensors"), trainer.average, meta)
     if packer:
         if packer.thread.is_alive():
@@ -3942,201 +4279,172 @@ def export(trainer: Trainer, packer: Packer | None, tokens: Tokenizer) -> Event:
         report.line(f"packed {packed.token_count:,} tokens of training text into "
                     f"{len(packed.code):,} bytes in {packer.seconds:.0f} s")  # fmt: skip
     path = report.folder / "artifact.bin"
-    event = write_artifact(path, trainer.average, trainer.groups, cfg, tokens, packed)
-    trained = trainer.step * trainer.windows * cfg.train_seq_len
-    return {**event, "pack_seconds": packer.seconds if packer else 0.0, "train_seconds": seconds,
+    sizes = write_artifact(path, trainer.average, trainer.groups, cfg, tokenizer, packed)
+    trained = trainer.step * trainer.tokens_per_step
+    return {**sizes, "pack_seconds": packer.seconds if packer else 0.0, "train_seconds": seconds,
             "train_steps": trainer.step, "train_tokens": trained,
             "tok_s": trained / max(trainer.elapsed_s, 1e-9)}  # fmt: skip
 
 
-def new_packer(trainer: Trainer, tokens: Tokenizer) -> Packer | None:
-    """Rank 0's packer, with the bytes it may use; None unless MIXER=logistic."""
+def train_to_artifact(
+    trainer: Trainer, report: Report, text: ValidationText, tokenizer: Tokenizer
+) -> tuple[Event, LogisticMixer | None]:
+    """Train and pack, then export: (sizes and counts, the primed mixer), on rank 0 alone."""
     cfg = trainer.cfg
-    if cfg.mixer != "logistic" or trainer.ranks.rank:
-        return None
-    net = estimate_bytes(trainer.params, trainer.groups, cfg)
-    room = ARTIFACT_LIMIT_BYTES - net - net // 50 - 20_000 - 3 * tokens.vocab
-    budget = max(room, 0) if cfg.pack_text_bytes < 0 else cfg.pack_text_bytes
-    if budget > max(room, 0):
-        raise UserError(f"PACK_TEXT_BYTES={cfg.pack_text_bytes}: script and net leave about {room}")
-    return Packer(trainer.data, tokens, cfg, budget, trainer.workers)
+
+    def validate(trainer: Trainer) -> None:
+        args = trainer.model, trainer.average, text, tokenizer, cfg, trainer.workers
+        report.event({"event": "val", "step": trainer.step, **score_net(*args)}, VAL_LINE)
+
+    trainer.warm_up()
+    packer = new_packer(trainer, tokenizer)
+    if packer:
+        if not cfg.max_wallclock_seconds:
+            report.line("packing text first, as there is no MAX_WALLCLOCK_SECONDS to share")
+        elif cfg.resume:
+            left = max(cfg.max_wallclock_seconds - trainer.elapsed_s, 0)
+            report.line(f"packing starts anew, with {left:.0f} s of MAX_WALLCLOCK_SECONDS left")
+        packer.start(trainer.elapsed_s)
+    train(trainer, report, validate)
+    if trainer.ranks.rank:
+        return {}, None
+    validate(trainer)
+    made = export(trainer, report, packer, tokenizer)
+    return made, packer.mixer if packer else None
 
 
-@dataclass
-class Evaluation:
-    """An artifact, reloaded from disk, and what scores it."""
-
-    cfg: Knobs
-    path: Path
-    folder: Path  # of the validation shards
-    workers: Workers
-
-    def __post_init__(self) -> None:
-        cfg, path = self.cfg, self.path
-        self.artifact = read_artifact(path)
-        made_with, tokens = Knobs(**self.artifact.header["knobs"]), self.artifact.tokens
-        fields = [field.name for field in dataclasses.fields(Knobs)]
-        fixed = fields[fields.index("num_layers") : fields.index("tied_embed_lr")]
-        fixed += ["mixer_memory_mb"] if cfg.mixer == "logistic" else []
-        for name in fixed:
-            ours, its = getattr(cfg, name), getattr(made_with, name)
-            if ours != its:
-                raise UserError(f"{name.upper()}={ours}: {path} has {its}: unset it")
-        check_vocab(cfg, tokens)
-        if cfg.mixer == "logistic" and not self.artifact.packed:
-            raise UserError(f"MIXER=logistic: {path} was made with MIXER={made_with.mixer}")
-        self.model = GPT(dataclasses.replace(cfg, use_ortho_init=False), tokens.vocab, tokens.bos)
-        try:
-            self.model.load_weights(list(self.artifact.params.items()))
-        except ValueError as error:
-            raise UserError(f"{path}: its tensors do not fit its settings: {error}") from None
-        self.validation = Validation(cfg, self.model, tokens, self.folder, self.workers)
-
-    def primed(self, label: str) -> ContextModel:
-        """A scorer that has read the artifact's text, and nothing else."""
-        packed = self.artifact.packed if self.cfg.mixer == "logistic" else None
-        leaf, paid = (packed.leaf, packed.token_count) if packed else (None, 0)
-        capacity = len(self.validation.text) + paid
-        scorer = new_context_model(self.cfg, self.artifact.tokens, leaf, capacity)
-        if packed:
-            unpack(scorer, packed, label)
-        if scorer.learned != paid:
-            raise AuditFailed("paid text", f"learned {scorer.learned} tokens, paid {paid}")
-        return scorer
-
-    def message(self, mixer: LogisticMixer | None) -> Message | None:
-        """The other side's part: the message, by this mixer if it is primed already."""
-        if self.cfg.mixer != "logistic" or not self.cfg.audit:
-            return None
-        mixer, text = mixer or self.primed("priming the encoder"), self.validation.text
-        return encode_message(mixer, self.model, text, eval_length(self.cfg), self.workers)
-
-    def run(self, receive: Callable[[], Message | None], tokenizer: Path | None) -> Event:
-        """Audit and score in every mode asked for; returns {"evals", "audit", "lines"}."""
-        cfg, validation, lines = self.cfg, self.validation, []
-        begin = time.perf_counter()
-        if cfg.audit:
-            audit = Audit(cfg, self.artifact, self.model, self.workers)
-            lines.append(audit.excerpts(validation.text, cfg.seed))
-            lines.append(audit.byte_count(validation.text, tokenizer))
-            validation.check_whole()
-            lines.append(f"checks took {time.perf_counter() - begin:.0f} s")
-        receive = functools.cache(receive)  # one message for both modes
-        modes = ("standard", "sliding") if cfg.eval_mode == "both" else (cfg.eval_mode,)
-        evals = [self.score(mode, receive, lines) for mode in modes]
-        return {"evals": evals, "audit": "pass" if cfg.audit else "off", "lines": lines}
-
-    def score(self, mode: str, receive: Callable[[], Message | None], lines: list[str]) -> Event:
-        """Prime, decode the message if there is one, and score on from its end."""
-        cfg, begin, text, scored = self.cfg, time.perf_counter(), self.validation.text, []
-        scorer = self.primed("priming")
-        prime_seconds = time.perf_counter() - begin
-        if message := receive():
-            args = message, scorer, self.model, int(text[0]), eval_length(cfg), self.workers
-            tokens, nats = decode_message(*args)
-            lines.append(check_message(message, tokens, nats, text))
-            scored = [(0, nats)]
-        else:
-            scorer.begin(int(text[0]))
-        batch = cfg.eval_batch_seqs
-        result = self.validation.run(self.artifact.params, mode, batch, scorer, scored)
-        return {**result, "mixer": cfg.mixer, "prime_seconds": prime_seconds}
+def resume(trainer: Trainer, report: Report) -> None:
+    """Go on from the checkpoint in the run's folder."""
+    saved = report.folder / CHECKPOINT
+    text = trainer.data.fingerprint()
+    trainer.take(*read_checkpoint(saved, trainer.state(), trainer.cfg, text))
 
 
-def evaluate_here(channel: Any, cfg: Knobs, path: Path, folder: Path, tokenizer: Any) -> None:
-    """The evaluating process: it gets paths and a message, and sends its result or its error."""
-    # The other side may be interrupted or fail first: then it says why.
-    with contextlib.suppress(KeyboardInterrupt, EOFError, ConnectionError):
-        try:
-            use_device(cfg)
-            with make_workers(cfg) as workers:
-                result = Evaluation(cfg, path, folder, workers).run(channel.recv, tokenizer)
-                channel.send({**result, "peak_memory_bytes": peak_memory()})
-        except Stop as error:
-            channel.send(error)
-
-
-def evaluate(
-    cfg: Knobs, path: Path, folder: Path, workers: Workers, mixer: Any, tokenizer: Path | None
-) -> Event:
-    """Let a fresh process score an artifact; this one encodes the message that it must decode."""
-    context = multiprocessing.get_context("spawn")
-    here, there = context.Pipe()
-    args = (there, cfg, path.resolve(), folder, tokenizer)
-    process = context.Process(target=evaluate_here, args=args, daemon=True)
-    process.start()
-    there.close()
-    try:
-        message = Evaluation(cfg, path, folder, workers).message(mixer)
-        if mixer:
-            mixer.state = None  # gigabytes that the other process may need
-        with contextlib.suppress(ConnectionError):  # it may have failed: then it has said why
-            here.send(message)
-        result = here.recv()
-    except (EOFError, ConnectionError):
-        raise RunFailed("the evaluating process ended without a result (out of memory?)") from None
-    finally:
-        process.terminate()  # it has nothing left to say
-        process.join()
-    if isinstance(result, Exception):
-        raise result
-    return result
-
-
-def main(cfg: Knobs, warnings: list[str]) -> None:
-    """Train, export, reload, score; or with EVAL_ONLY the last two."""
-    use_device(cfg)
+def train_mode(cfg: Knobs, warnings: list[str]) -> None:
+    """Train until weights, artifact and message are on disk, then become the scoring program."""
+    if cfg.mixer != "off":
+        load_numba()  # its lack is said before anything is trained
     ranks = Ranks()
-    if cfg.eval_only:
-        artifact = read_artifact(Path(cfg.eval_only))
-        cfg, warnings = knobs_from_env(dict(os.environ), base=artifact.header["knobs"])
-        if ranks.rank:
-            return
-        ranks.count = 1  # rank 0 goes on alone
-    folder, tokenizer, where = ranks.in_turn(lambda: locate_data(cfg))
-    report = Silence() if ranks.rank else Report(cfg)
-    if on_cpu() and not MLX_COMPILES:
-        warnings = [*warnings, "no g++: MLX's CPU kernels run uncompiled, which is slower"]
-    for line in [*(f"warning: {w}" for w in warnings), where]:
-        report.line(line)
+    folder, tokenizer_path, where = ranks.in_turn(lambda: locate_data(cfg))
+    tokenizer = load_tokenizer(tokenizer_path)
+    check_vocab(cfg, tokenizer)
+    report = Report(None, 0) if ranks.rank else open_report(cfg)
+    report.line(where)
     with make_workers(cfg, int(ranks.same(platform.node()).sum()), ranks.count) as workers:
-        machine = describe_machine(cfg, workers, ranks)
-        report.event({"event": "config", **dataclasses.asdict(cfg), **machine}, *CONFIG_LINES)
-        if cfg.eval_only:
-            path, mixer = Path(cfg.eval_only), None
-            made = export_event(path, artifact.params, artifact.packed)
-            made |= dict.fromkeys(("train_steps", "train_tokens", "train_seconds", "tok_s"), 0)
-        else:
-            path = report.folder / "artifact.bin"
-            made, mixer = train_and_export(cfg, folder, tokenizer, report, workers, ranks)
+        describe_start(cfg, report, warnings, workers, ranks.count)
+        shards, seq_len = find_shards(folder, "train"), cfg.train_seq_len
+        data = TrainWindows(shards, seq_len, cfg.seed, tokenizer.vocab)
+        settings = knobs_of(cfg, "run", *KEPT_SCOPES)
+        ranks.check_same(f"{settings} {tokenizer.sha256} {data.fingerprint()}")
+        text = load_validation(folder, tokenizer, cfg.val_max_tokens)
+        trainer = Trainer(GPT(cfg, tokenizer.vocab, tokenizer.bos), cfg, data, workers, ranks)
+        for line in describe_training(trainer, text):
+            report.line(line)
+        if cfg.resume:
+            ranks.in_turn(lambda: ranks.rank or resume(trainer, report))
+        trainer.follow_rank_0()
+        made, mixer = train_to_artifact(trainer, report, text, tokenizer)
     if ranks.rank:
         return
-    final = {**made, "event": "final", "device": machine["machine"], "mlx_version": mx.__version__}
-    try:
-        with make_workers(cfg) as workers:  # as the other process makes them: a message needs it
-            result = evaluate(cfg, path, folder, workers, mixer, tokenizer)
-    except AuditFailed as error:
-        report.event({**final, "audit": "fail", "audit_failure": str(error)})
-        report.line(str(error))
-        raise
-    report_result(report, final, result)
+    report.event({**made, "tokenizer_bytes": tokenizer_path.stat().st_size}, EXPORT_LINE)
+    path = report.folder / "artifact.bin"
+    if mixer and cfg.audit:
+        with make_workers(cfg) as workers:  # as the scoring program makes them: rows must be equal
+            scoring = Scoring.load(cfg, path, folder, workers)
+            mixer.begin(int(scoring.text.tokens[0]))
+            _, _, nats, coder = scoring.code_message(mixer, "standard", None)
+            scoring.write_message(nats, coder)
+    score_anew(report, path, folder, tokenizer_path)
 
 
-def report_result(report: Report, final: Event, result: Event) -> None:
-    """The audit's lines, a record for each way of scoring, and the final one."""
-    for line in result["lines"]:
+def score_anew(report: Report, path: Path, folder: Path, tokenizer_path: Path) -> None:
+    """Become a fresh process that scores: its output and its exit status are this run's.
+
+    It runs the script that trained, as people edit theirs meanwhile: this file if it is still the
+    same, as its compiled kernels are at hand, else the copy in the run's folder.
+    """
+    kept = path.with_name(SCRIPT.name)
+    settings = {"EVAL_ONLY": path, "DATA_PATH": folder, "TOKENIZER_PATH": tokenizer_path}
+    words = [f"{name}={shlex.quote(str(value))}" for name, value in settings.items()]
+    command = " ".join([*words, "python", shlex.quote(str(kept))])
+    report.line(f"a fresh process scores what is on disk; again: {command}")
+    sys.stdout.flush()
+    env = {**os.environ, **{name: str(value) for name, value in settings.items()}}
+    os.execve(sys.executable, [sys.executable, str(SCRIPT if script_unchanged() else kept)], env)
+
+
+def score_mode(path: Path, env: dict[str, str]) -> None:
+    """Score an artifact with its own settings, where the environment has no others, and report.
+
+    An artifact in the folder of a run without a score is reported there, if this is the script that
+    trained it: the score is that run's.
+    """
+    if launched_rank():
+        return
+    artifact = read_artifact(path)
+    env = {name: value for name, value in env.items() if name != "RESUME"}  # training goes on
+    cfg, warnings = knobs_from_env(env, kept=artifact.header["knobs"])
+    use_device(cfg)
+    folder, tokenizer_path, where = locate_data(cfg)
+    kept, made = path.with_name(SCRIPT.name), unscored_export(path.parent)
+    if kept.is_file() and kept.read_bytes() != source():
+        warnings.append(f"this script is not the one that trained: that is {kept}")
+        made = None
+    if cfg.run_id and (Path(cfg.out_dir) / cfg.run_id).resolve() != path.parent.resolve():
+        made = None
+    with make_workers(cfg) as workers:
+        if made:
+            report = Report(path.parent, cfg.iterations)
+        else:
+            report = open_report(cfg)
+            report.line(where)
+            describe_start(cfg, report, warnings, workers, 1)
+            made = export_event(path, artifact.params, artifact.packed)
+            made |= dict.fromkeys(("train_steps", "train_tokens", "train_seconds", "tok_s"), 0)
+        final = {**made, "event": "final", "device": machine_kind(), "mlx_version": mx.__version__}
+        try:
+            scoring = Scoring.load(cfg, path, folder, workers)
+            report_score(report, scoring, final, folder, tokenizer_path)
+        except AuditFailed as error:
+            report.event({**final, "audit": "fail", "audit_failure": str(error)})
+            report.line(str(error))
+            raise
+
+
+def report_score(
+    report: Report, scoring: Scoring, final: Event, folder: Path, tokenizer_path: Path | None
+) -> None:
+    """Audit and score in every mode asked for; a record of each, and the final one."""
+    cfg, lines = scoring.cfg, []
+    if cfg.audit:
+        lines += Audit(scoring).run(folder, tokenizer_path)
+    modes = ("standard", "sliding") if cfg.eval_mode == "both" else (cfg.eval_mode,)
+    evals = []
+    for mode in modes:
+        event, line = scoring.score(mode)
+        evals.append(event)
+        lines += [line] if line else []
+    audit = "pass" if cfg.audit else "off"
+    for line in lines:
         report.line(f"audit: {line}")
-    report.event({"event": "audit", "audit": result["audit"], "lines": result["lines"]})
-    for event in result["evals"]:
+    report.event({"event": "audit", "audit": audit, "lines": lines})
+    for event in evals:
         report.event({"event": "eval", **event}, *ROUNDTRIP_LINES)
-    seconds = sum(e["eval_time_ms"] / 1000 + e["prime_seconds"] for e in result["evals"])
-    memory = max(peak_memory(), result["peak_memory_bytes"])
-    final = {**final, **result["evals"][-1], "audit": result["audit"]}
-    final |= {"eval_seconds": seconds, "peak_memory_bytes": memory}
-    report.event(final, FINAL_LINE)
+    seconds = sum(e["eval_time_ms"] / 1000 + e["prime_seconds"] for e in evals)
+    final = {**final, **evals[-1], "event": "final", "audit": audit, "eval_seconds": seconds}
+    report.event({**final, "peak_memory_bytes": peak_memory()}, FINAL_LINE)
     report.line(f"everything is in {report.folder}")
+
+
+def main(cfg: Knobs, warnings: list[str], env: dict[str, str]) -> None:
+    """The program that is asked for; env: where the settings came from."""
+    use_device(cfg)
+    if cfg.eval_only:
+        score_mode(Path(cfg.eval_only), env)
+    else:
+        train_mode(cfg, warnings)
 
 
 if __name__ == "__main__":
     with errors_as_lines():
-        main(CFG, CFG_WARNINGS)
+        main(CFG, CFG_WARNINGS, dict(os.environ))

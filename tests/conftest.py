@@ -70,7 +70,25 @@ def random_model(vocab: int = 50, bos: int = 1, **env: object) -> t.GPT:
         noise = rng.standard_normal(p.shape) * (0.3 if p.ndim == 1 else p.shape[-1] ** -0.5)
         params[name] = p + t.mx.array(noise.astype(np.float32))
     model.update(t.tree_unflatten(list(params.items())))
+    t.mx.eval(model.parameters())  # another thread could not
     return model
+
+
+def made_up_tokenizer(vocab: int = 50) -> t.Tokenizer:
+    """Facts of a tokenizer with every kind of piece: BOS is 1, and some pieces start words."""
+    ids = np.arange(vocab)
+    control = ids < 4
+    size = np.where(control, 0, 1 + ids % 5).astype(np.uint16)
+    return t.Tokenizer(size, (ids % 3 == 0) & ~control, control, 1, True, "ab" * 32)
+
+
+def made_up_text(size: int = 300, seed: int = 0) -> t.ValidationText:
+    """Documents of that tokenizer's 50 tokens; few are common, so that contexts come back."""
+    rng = np.random.default_rng(seed)
+    tokens = np.minimum(rng.geometric(0.25, size) + 3, 49).astype(np.int32)
+    tokens[rng.random(size) < 0.04] = 1
+    tokens[0] = 1
+    return t.ValidationText(tokens, whole=True, shards=1)
 
 
 def log_probs(model: t.GPT, x: t.Array, last: int) -> t.Array:
@@ -90,10 +108,10 @@ def make_trainer(tmp_path, rng):
     opened = []
 
     def make(**env: object) -> t.Trainer:
-        cfg = tiny_knobs(**{"OUT_DIR": tmp_path / "logs", "RUN_ID": f"run{len(opened)}", **env})
+        cfg = tiny_knobs(**env)
         data = t.TrainWindows(t.find_shards(shards, "train"), cfg.train_seq_len, cfg.seed, 50)
         opened.append(t.make_workers(cfg))
-        return t.Trainer(t.GPT(cfg, 50, 1), cfg, data, t.Report(cfg), opened[-1], t.Ranks())
+        return t.Trainer(t.GPT(cfg, 50, 1), cfg, data, opened[-1], t.Ranks())
 
     yield make
     for workers in opened:

@@ -1,25 +1,26 @@
-"""Cheats planted in the script's source: the audit names the condition that each one breaks.
+"""Cheats planted in the script: the audit names the condition that each one breaks.
 
-A cheat replaces a line of the script, as an edit of a user would; the edited text is imported as a
-module of its own, and that module's own audit runs. A clean script passes: AUDIT_RUNS=20 repeats
-that with 20 seeds.
+A cheat takes the place of a function or a method of the script, as an edit of a user would, and
+gets the honest one to call. AUDIT_RUNS=20 repeats the checks of honest scripts with 20 seeds.
 """
 
 import dataclasses
 import hashlib
-import importlib.util
+import json
+import math
+import operator
 import os
-import sys
-from types import SimpleNamespace
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pytest
 import sentencepiece as spm
-from conftest import ROOT, TINY, t, write_shard
+from conftest import made_up_text, made_up_tokenizer, random_model, t, tiny_knobs, write_shard
 
-VOCAB, BOS = 50, 1
-SOURCE = (ROOT / "train_gpt_mlx_kl.py").read_text(encoding="utf-8")
-COMPILED = ("code_tokens", "mix", "learn", "fill")  # what Python calls; the rest is inside of these
+mx = t.mx
+VOCAB = 50
 SEEDS = range(int(os.environ.get("AUDIT_RUNS", "1")))
 WORKERS = t.Workers(1)
 
@@ -28,102 +29,54 @@ BACKOFF = {"MIXER": "backoff", "NGRAM_ALPHA": "0.25"}
 LEARNED = {"MIXER": "backoff", "NGRAM_ALPHA": "auto"}
 
 
-def planted(folder, edits, kernels=()):
-    """Import the script with each old text, found exactly once, replaced by its new one.
-
-    Kernels that the edits leave alone are the script's own, compiled once.
-    """
-    source = SOURCE
-    for old, new in edits:
-        assert source.count(old) == 1, f"{source.count(old)} times in the script: {old}"
-        source = source.replace(old, new)
-    name = f"planted_{folder.name}"
-    path = folder / f"{name}.py"
-    path.write_text(source, encoding="utf-8")
-    spec = importlib.util.spec_from_file_location(name, path)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    try:
-        spec.loader.exec_module(module)
-    finally:
-        del sys.modules[name]
-    for kernel in set(COMPILED) - set(kernels):
-        setattr(module, kernel, getattr(t, kernel))
-    return module
+def settings(**env):
+    return tiny_knobs(MIXER_MEMORY_MB=2, **env)
 
 
-def facts(module):
-    """Tokenizer facts with control pieces, and pieces that start words."""
-    control = np.arange(VOCAB) < 4
-    size = np.where(control, 0, 1 + np.arange(VOCAB) % 5).astype(np.uint16)
-    leading = (np.arange(VOCAB) % 3 == 0) & ~control
-    return module.Tokenizer(size, leading, control, BOS, True, "ab" * 32)
-
-
-def some_text(seed=0, size=300):
-    """Tokens of documents, few of them common, so that contexts come back."""
-    rng = np.random.default_rng(seed)
-    text = np.minimum(rng.geometric(0.25, size) + 3, VOCAB - 1).astype(np.int32)
-    text[rng.random(size) < 0.04] = BOS
-    text[0] = BOS
-    return text
-
-
-def noisy_model(module, cfg, seed=7):
-    """(model, parameters), none of them at its starting value."""
-    model, rng = module.GPT(cfg, VOCAB, BOS), np.random.default_rng(seed)
-    params = {}
-    for name, p in module.tree_flatten(model.parameters()):
-        noise = rng.standard_normal(p.shape) * (0.3 if p.ndim == 1 else p.shape[-1] ** -0.5)
-        params[name] = p + module.mx.array(noise.astype(np.float32))
-    return model, params
-
-
-def knobs(module, **env):
-    return module.knobs_from_env({**TINY, "MIXER_MEMORY_MB": "2", **env})[0]
-
-
-def audit_of(module, env):
-    """The audit of an artifact in memory."""
-    cfg = knobs(module, **env)
-    model, params = noisy_model(module, cfg)
-    packed = module.PackedText(
-        np.random.default_rng(3).permutation(VOCAB), 0, hashlib.sha256(b"").hexdigest(), b""
-    )
-    packed = packed if cfg.mixer == "logistic" else None
-    artifact = module.Artifact({}, facts(module), params, packed)
-    return module.Audit(cfg, artifact, model, WORKERS)
-
-
-def evaluation_of(module, folder, env, shards=(300,)):
-    """An evaluation of an artifact on disk; text is packed in it if its mixer is logistic."""
-    cfg, tokens = knobs(module, **env), facts(module)
-    _, params = noisy_model(module, cfg)
-    packed = honest_mixer(tokens)[1] if cfg.mixer == "logistic" else None
-    groups = module.group_parameters(list(params))
-    module.write_artifact(folder / "artifact.bin", params, groups, cfg, tokens, packed)
-    val = folder / "val"
-    val.mkdir()
-    for i, size in enumerate(shards):
-        write_shard(val / f"text_val_{i:06d}.bin", some_text(i, size))
-    return module.Evaluation(cfg, folder / "artifact.bin", val, WORKERS)
-
-
-def honest_mixer(tokens, room=400):
-    """A mixer that has coded the training text, and the code: the training side's."""
+def audit_of(env, text):
+    """The audit of an artifact in memory, with no text packed."""
+    cfg, model = settings(**env), random_model(**env)
     leaf = np.random.default_rng(3).permutation(VOCAB)
-    mixer, coder = t.LogisticMixer(tokens, leaf, room + 500, 2), t.Coder()
-    mixer.code(some_text(99, room).astype(np.int64), None, coder)
+    packed = t.PackedText(leaf, 0, hashlib.sha256(b"").hexdigest(), b"")
+    packed = packed if cfg.mixer == "logistic" else None
+    artifact = t.Artifact({}, made_up_tokenizer(), {}, packed)
+    return t.Audit(t.Scoring(cfg, Path("no file"), artifact, model, text, WORKERS))
+
+
+def pack_text(room=400):
+    """A mixer that has packed training text, and what it packed: the training side's."""
+    tokenizer, leaf = made_up_tokenizer(), np.random.default_rng(3).permutation(VOCAB)
+    mixer, coder = t.LogisticMixer(tokenizer, leaf, room + 500, 2), t.Coder()
+    mixer.code(made_up_text(room, seed=99).tokens.astype(np.int64), None, coder)
     return mixer, t.PackedText(leaf, room, mixer.read_sha256(), coder.finish())
 
 
-def fails(condition, check, *args):
-    """`check` raises an audit failure that names the condition, whatever module it is from."""
-    with pytest.raises(Exception) as caught:
+def write_run(folder, env, shards=(300,), packed=None):
+    """Write an artifact, and the shards of a validation text beside it."""
+    cfg, model = settings(**env), random_model(**env)
+    params = dict(t.tree_flatten(model.parameters()))
+    packed = packed or (pack_text()[1] if cfg.mixer == "logistic" else None)
+    groups = t.group_parameters(list(params))
+    t.write_artifact(folder / "artifact.bin", params, groups, cfg, made_up_tokenizer(), packed)
+    for i, size in enumerate(shards):
+        write_shard(folder / f"text_val_{i:06d}.bin", made_up_text(size, i).tokens)
+
+
+def load(folder, env, workers=WORKERS):
+    """What a fresh process reads."""
+    return t.Scoring.load(settings(**env), folder / "artifact.bin", folder, workers)
+
+
+def scoring_of(folder, env, shards=(300,)):
+    write_run(folder, env, shards)
+    return load(folder, env)
+
+
+def fails(condition, says, check, *args):
+    """`check` raises an audit failure that names the condition and says what is wrong."""
+    with pytest.raises(t.AuditFailed, match=says) as caught:
         check(*args)
-    error = caught.value
-    assert type(error).__name__ == "AuditFailed", repr(error)
-    assert (error.args[0], error.status) == (condition, 3), str(error)
+    assert (caught.value.args[0], caught.value.status) == (condition, 3)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -132,231 +85,512 @@ def fails(condition, check, *args):
 
 @pytest.mark.parametrize("seed", SEEDS)
 @pytest.mark.parametrize("alpha", ["0", "0.25", "1", "auto"])
-@pytest.mark.parametrize("smoothing", ["kneser-ney", "witten-bell", "laplace"])
+@pytest.mark.parametrize("smoothing", ["kneser-ney", "laplace"])
 def test_backoff_passes(alpha, smoothing, seed):
     env = {"MIXER": "backoff", "NGRAM_ALPHA": alpha, "NGRAM_SMOOTHING": smoothing}
-    audit_of(t, env).excerpts(some_text(seed), seed)
+    audit_of(env, made_up_text(seed=seed)).excerpts(seed)
 
 
 @pytest.mark.parametrize("seed", SEEDS)
 @pytest.mark.parametrize("env", [LOGISTIC, OFF, {**LOGISTIC, "EVAL_MODE": "standard"}])
 def test_logistic_and_net_alone_pass(env, seed):
-    assert "causal in 3, normalised in 3" in audit_of(t, env).excerpts(some_text(seed), seed)
+    said = audit_of(env, made_up_text(seed=seed)).excerpts(seed)
+    assert "causal in 3, normalised in 3" in said
 
 
 @pytest.mark.parametrize("size", [2, 3, 15, 16, 17, 18, 30])
 def test_a_short_text_passes(size):
     for env in (LOGISTIC, BACKOFF, OFF):
-        audit_of(t, env).excerpts(some_text(5, size), 0)
+        audit_of(env, made_up_text(size, seed=5)).excerpts(0)
 
 
-@pytest.mark.parametrize("env", [LOGISTIC, BACKOFF, LEARNED, OFF])
-@pytest.mark.parametrize("mode", ["sliding", "both"])
-def test_a_whole_evaluation_passes(tmp_path, env, mode):
-    ours = evaluation_of(t, tmp_path, {**env, "EVAL_MODE": mode}, (200, 57))
-    result = ours.run(lambda: ours.message(None), None)
-    assert result["audit"] == "pass" and len(result["evals"]) == 1 + (mode == "both")
-    assert any("tokens decoded from" in line for line in result["lines"]) == (env is LOGISTIC)
-    assert all(e["val_whole"] and e["val_tokens"] == 256 for e in result["evals"])
+@pytest.mark.parametrize("env", [LOGISTIC, LEARNED, OFF])
+def test_a_run_passes(tmp_path, env):
+    ours = scoring_of(tmp_path, {**env, "EVAL_MODE": "both"}, (200, 57))
+    said = t.Audit(ours).run(tmp_path, None)
+    assert any("bytes not checked" in line for line in said)
+    results, lines = zip(*(ours.score(mode) for mode in ("standard", "sliding")), strict=True)
+    assert all(r["val_whole"] and r["val_tokens"] == 256 for r in results)
+    wrote, decoded = ("16 tokens written", "16 tokens decoded") if env is LOGISTIC else ("", "")
+    assert lines[0].startswith(wrote) and lines[1].startswith(decoded)
+    assert all(lines) == (env is LOGISTIC)
 
 
 # --------------------------------------------------------------------------------------------------
 # Cheats in the score
 
-SLOT_KEYS = "        context_keys(slot_rows, history, now, words, bos, keys)\n"
-SLOT_INPUTS = "            seen = slot_inputs(slots, maps, slot, at, level, levels, x, said)\n"
-BIT = "target >> (levels - level - 1) & 1"
-ALL_COSTS = "return np.column_stack([net_nats(tokens, logs), nats])"
-NET_COSTS = "return np.repeat(net_nats(tokens, logs)[:, None], 3, axis=1)"
-SCORE_CHUNK = "            yield first, scorer.score(text[first + 1 : first + 1 + len(logs)], logs)"
-ASK = "        p, trust = ngram_probability(state, tokens[i], vocab, rule, places)\n"
-LEARN = "        if learns:\n            learn(state, tokens[i], vocab, bos, rule[4], places)\n"
-ROOM = ("new_mixer(tokens, leaf, capacity + 1,", "new_mixer(tokens, leaf, 9 * capacity,")
-SUM = "p = mass / (context.total - discount * context.kinds + rest)"
-COUNT = "count = nodes[pair].count if pair else 0"
-LATER_ROWS = "yield first, logs[: end - first]"
-WINDOW = "yield first + stride - seq_len, first, min(first + stride, targets)"
 
-CHEATS = {
-    # The key of a hashed context holds the token that is to be predicted.
-    "target in the hash key, logistic": (
-        LOGISTIC, [(SLOT_KEYS, f"{SLOT_KEYS}        keys[0] = mix_hash(keys[0], tokens[i])\n")],
-        ["code_tokens"], "normalisation"),
-    "target in the key, backoff": (
-        BACKOFF, [(COUNT, "count = context.total if pair and nodes[pair].count else 0")],
-        ["mix"], "normalisation"),
+class Cheat(NamedTuple):
+    env: dict[str, str]
+    condition: str
+    says: str  # of the failure
+    edits: list[tuple[str, Callable]]  # (a name in the script, what takes its place)
+
+
+CHEATS: dict[str, Cheat] = {}
+
+
+def cheat(name, env, condition, says, seam):
+    """Register a function(the honest one, *its arguments) as the cheat in a seam's place."""
+
+    def register(function):
+        CHEATS[name] = Cheat(env, condition, says, [(seam, function)])
+        return function
+
+    return register
+
+
+def plant(monkeypatch, seam, function):
+    """Put function(the honest one, *arguments) in the place of a function or method."""
+    honest = operator.attrgetter(seam)(t)
+    monkeypatch.setattr(f"{t.__name__}.{seam}", lambda *args, **kw: function(honest, *args, **kw))
+
+
+def token_by_token(score, model, tokens, logs, *coder):
+    """What score(model, ...) gives if each token comes alone."""
+    parts = [score(model, tokens[i : i + 1], logs[i : i + 1], *coder) for i in range(len(tokens))]
+    return np.concatenate([np.zeros((0, 3)), *parts])
+
+
+SCORES = ["LogisticMixer.score", "BackoffMixer.score", "ContextModel.score"]
+
+
+# The key of a hashed context holds the token that is to be predicted.
+@cheat("target in the hash key, logistic", LOGISTIC, "normalisation", "context", SCORES[0])
+def _(score, mixer, tokens, logs, *coder):
+    def keyed(mixer, token, row, *coder):
+        at, history = mixer.learned - 1, mixer.state.history
+        newest = history[at]
+        history[at] = (newest + token[0]) % VOCAB
+        out = score(mixer, token, row, *coder)
+        history[at] = newest
+        return out
+
+    return token_by_token(keyed, mixer, tokens, logs, *coder)
+
+
+def ngrams(formula):
+    """A BackoffMixer.score whose p_ngram is formula(the honest p_ngram, tokens learned)."""
+
+    def cheating(score, mixer, tokens, logs, *coder):
+        learned = mixer.learned + 1 + np.arange(len(tokens))
+        out = score(mixer, tokens, logs, *coder)
+        net, p = np.exp(-out[:, 0]), formula(np.exp(-out[:, 1]), learned)
+        return np.column_stack([out[:, 0], -np.log(p), -np.log(0.75 * net + 0.25 * p)])
+
+    return cheating
+
+
+# A probability p of a token that n tokens are counted for stands for a count of n p: the cheats
+# make of it what they would of the counts.
+for name, formula in {
+    # Every pair that was seen has a cell of its own, whose count is divided by itself.
+    "target in the key, backoff": lambda p, n: np.where(p > 1 / VOCAB, 0.99, p),
     # The counts' sum is another table's.
-    "denominator of another table, backoff": (
-        BACKOFF, [(SUM, "p = mass / (nodes[pair].count + 1 - discount * context.kinds + rest)")],
-        ["mix"], "normalisation"),
-    "denominator off by one, backoff": (
-        BACKOFF, [(SUM, SUM.replace("context.total", "context.total + 1"))],
-        ["mix"], "normalisation"),
-    # The better expert of each token, chosen when the token is known.
-    "lower of two losses, logistic": (
-        LOGISTIC, [(ALL_COSTS, "out = np.column_stack([net_nats(tokens, logs), nats])\n        "
-                    "out[:, 2] = out.min(axis=1)\n        return out")],
-        [], "normalisation"),
-    "lower of two losses, net": (
-        OFF, [(NET_COSTS, NET_COSTS.replace("net_nats(tokens, logs)",
-               "np.minimum(net_nats(tokens, logs), np.log(logs.shape[1]))"))],
-        [], "normalisation"),
-    "lower of two losses, backoff": (
-        BACKOFF, [("mixed = (1.0 - alpha) * math.exp(net[i]) + alpha * p\n",
-                   "mixed = max(math.exp(net[i]), p)\n")], ["mix"], "normalisation"),
-    # The weight is a function of the token that is to be predicted.
-    "gate sees the target, backoff": (
-        LEARNED, [("odds, level = top[i] -", "odds, level = net[i] -")], ["mix"], "normalisation"),
-    # The net's part in the mix depends on whether it is right.
-    "gate sees the target, logistic": (
-        LOGISTIC, [("                from_net = net_logit(mass, node)\n",
-                    "                from_net = net_logit(mass, node)\n"
-                    f"                from_net *= (from_net > 0) == ({BIT})\n")],
-        ["code_tokens"], "normalisation"),
+    "denominator of another table, backoff": lambda p, n: n * p / (n * p + 1),
+    "denominator off by one, backoff": lambda p, n: p * n / (n + 1),
     # What was counted is asked.
-    "update before scoring, logistic": (
-        LOGISTIC,
-        [(SLOT_INPUTS, f"            learn_slots(slots, slot, at, {BIT}, 0)\n{SLOT_INPUTS}")],
-        ["code_tokens"], "normalisation"),
-    "update before scoring, backoff": (
-        BACKOFF, [(LEARN, ""), (ASK, LEARN[18:].replace("    learn", "learn", 1) + ASK)],
-        ["mix"], "normalisation"),
-    # The chunk is counted before it is scored.
-    "one chunk early, logistic": (
-        LOGISTIC, [(SCORE_CHUNK, "            scorer.score(text[first + 1 : first + 1 + "
-                    f"len(logs)], logs)\n{SCORE_CHUNK}"), ROOM], [], "causality"),
-    "one token early, logistic": (
-        LOGISTIC, [(SCORE_CHUNK, "            scorer.begin(int(text[min(first + len(logs) + 1, "
-                    f"len(text) - 1)]))\n{SCORE_CHUNK}"), ROOM], [], "causality"),
-    # The tail again, in a full window.
-    "tail scored twice": (
-        OFF, [(WINDOW, "end = min(first + stride, targets)\n        yield end - seq_len, end - "
-               "stride, end")], [], "coverage"),
-    "tail left out": (
-        OFF, [(WINDOW, f"if first + stride <= targets:\n            {WINDOW}")], [], "coverage"),
-    # The net looks ahead.
-    "attention sees one position ahead": (
-        OFF, [("future = np.arange(b)[None, :] > np.arange(a, b)[:, None]",
-               "future = np.arange(b)[None, :] > np.arange(a, b)[:, None] + 1")], [], "causality"),
-    "attention without a mask": (
-        OFF, [("    return cpu_attention(grouped, k, v)[0].reshape(q.shape)",
-               "    return mx.fast.scaled_dot_product_attention(q, k, v, scale=scale)")],
-        [], "causality"),
-    "smear looks ahead": (
-        OFF, [("before = mx.pad(x, [(0, 0), (1, 0), (0, 0)])[:, :-1] * inside",
-               "before = mx.pad(x, [(0, 0), (0, 1), (0, 0)])[:, 1:] * inside")], [], "causality"),
-    "hashed contexts look ahead": (
-        OFF, [("before = mx.pad(x, [(0, 0), (k, 0)])[:, :length]",
-               "before = mx.pad(x, [(0, 0), (0, k)])[:, k:]")], [], "causality"),
-    # Windows scored side by side hear each other: the next one begins a stride later.
-    "a window hears the next one": (
-        OFF, [("        return rms_norm(x)\n\n    def head_inputs",
-               "        return rms_norm(x + 0.1 * mx.roll(x, -1, axis=0))\n\n    def head_inputs")],
-        [], "causality"),
-    # Rows that sum to more than 1, but not in the first window.
-    "later windows claim more, net": (
-        OFF, [(LATER_ROWS, f"{LATER_ROWS} + 0.5")], [], "normalisation"),
-    "later windows claim more, logistic": (
-        LOGISTIC, [(LATER_ROWS, f"{LATER_ROWS} + 0.5")], [], "normalisation"),
-    "inputs shifted by one": (
-        OFF, [("rows = np.stack([padded[s : s + seq_len] for s, _, _ in group])",
-               "rows = np.stack([padded[s + 1 : s + 1 + seq_len] for s, _, _ in group])")],
-        [], "causality"),
-    "statistics of the whole window": (
-        OFF, [("        return rms_norm(x)\n\n    def trunk",
-               "        return rms_norm(x - x.mean(axis=1, keepdims=True))\n\n    def trunk")],
-        [], "causality"),
-}  # fmt: skip
+    "update before scoring, backoff": lambda p, n: (n * p + 1) / (n + 1),
+}.items():
+    cheat(name, BACKOFF, "normalisation", "context", SCORES[1])(ngrams(formula))
+
+
+# The better expert of each token, chosen when the token is known.
+def lower_loss(score, *args):
+    out = score(*args)
+    out[:, 2] = out.min(axis=1)
+    return out
+
+
+cheat("lower of two losses, logistic", LOGISTIC, "normalisation", "mixed", SCORES[0])(lower_loss)
+cheat("lower of two losses, backoff", BACKOFF, "normalisation", "mixed", SCORES[1])(lower_loss)
+
+
+@cheat("lower of two losses, net", OFF, "normalisation", "net", SCORES[2])
+def _(score, model, tokens, logs, *coder):
+    return np.minimum(score(model, tokens, logs, *coder), math.log(VOCAB))
+
+
+# The weight is a function of the token that is to be predicted.
+@cheat("gate sees the target, backoff", LEARNED, "normalisation", "mixed", SCORES[1])
+def _(score, *args):
+    out = score(*args)
+    net, contexts, _ = np.exp(-out).T
+    weight = contexts / (contexts + net)
+    out[:, 2] = -np.log((1 - weight) * net + weight * contexts)
+    return out
+
+
+# The net's part in the mix depends on whether it is right.
+@cheat("gate sees the target, logistic", LOGISTIC, "normalisation", "mixed", SCORES[0])
+def _(score, mixer, tokens, logs, *coder):
+    right = logs.argmax(axis=1) == tokens
+    heard = np.where(right[:, None], t.log_softmax(2 * logs), logs)
+    out = score(mixer, tokens, heard, *coder)
+    out[:, 0] = t.net_nats(tokens, logs)
+    return out
+
+
+# What was learned is asked: the token is learned, and only the place in the text is taken back.
+@cheat("update before scoring, logistic", LOGISTIC, "normalisation", "context", SCORES[0])
+def _(score, mixer, tokens, logs, *coder):
+    places = {"history", "words", "now", "marks"} & set(mixer.state._fields)
+
+    def learned(mixer, token, row, *coder):
+        before = {place: getattr(mixer.state, place).copy() for place in places}
+        score(mixer, token, row)
+        for place in places:
+            getattr(mixer.state, place)[:] = before[place]
+        return score(mixer, token, row, *coder)
+
+    return token_by_token(learned, mixer, tokens, logs, *coder)
+
+
+# Text is learned before it is scored, so it is learned twice, which takes room.
+def roomy(new, cfg, tokenizer, leaf, capacity, *memory):
+    return new(cfg, tokenizer, leaf, 9 * capacity, *memory)
+
+
+@cheat("one chunk early, logistic", LOGISTIC, "causality", "score of target", "cost_tokens")
+def _(cost, rows, known, model, *coder):
+    for first, logs in rows:
+        model.score(known[first + 1 : first + 1 + len(logs)], logs)
+        yield from cost(iter([(first, logs)]), known, model, *coder)
+
+
+@cheat("one token early, logistic", LOGISTIC, "causality", "score of target", "cost_tokens")
+def _(cost, rows, known, model, *coder):
+    for first, logs in rows:
+        model.begin(int(known[min(first + len(logs) + 1, len(known) - 1)]))
+        yield from cost(iter([(first, logs)]), known, model, *coder)
+
+
+for name in ("one chunk early, logistic", "one token early, logistic"):
+    CHEATS[name].edits.append(("new_context_model", roomy))
+
+
+# A score is another one when several tokens come at once.
+@cheat("several tokens cost less, logistic", LOGISTIC, "normalisation", "two scores", SCORES[0])
+def _(score, mixer, tokens, *args):
+    return score(mixer, tokens, *args) * (0.9 if len(tokens) > 1 else 1)
+
+
+@cheat("long parts cost less, logistic", LOGISTIC, "causality", "how the text is cut", SCORES[0])
+def _(score, mixer, tokens, *args):
+    return score(mixer, tokens, *args) * (0.9 if len(tokens) > 8 else 1)
+
+
+# The tail again, in a full window; or not at all.
+@cheat("tail scored twice", OFF, "coverage", "was due", "scoring_windows")
+def _(windows, targets, seq_len, stride):
+    for start, first, last in windows(targets, seq_len, stride):
+        short = first + stride - last if first else 0
+        yield start - short, first - short, last
+
+
+@cheat("tail left out", OFF, "coverage", "scored .* of", "scoring_windows")
+def _(windows, targets, seq_len, stride):
+    for window in windows(targets, seq_len, stride):
+        if not window[1] or window[1] + stride <= targets:
+            yield window
+
+
+# The net looks ahead.
+@cheat("attention sees one position ahead", OFF, "causality", "depends on", "future_mask")
+def _(mask, a, b, group):
+    future = np.arange(b)[None, :] > np.arange(a, b)[:, None] + 1
+    return mx.array(np.tile(future * np.float32(t.MASKED), (group, 1)))
+
+
+@cheat("attention without a mask", OFF, "causality", "depends on", "causal_attention")
+def _(attend, q, k, v, scale):
+    return mx.fast.scaled_dot_product_attention(q, k, v, scale=scale)
+
+
+@cheat("smear looks ahead", OFF, "causality", "depends on", "GPT.embed")
+def _(embed, model, context):
+    x = embed(model, context)
+    return t.rms_norm(x + 0.1 * mx.pad(x, [(0, 0), (0, 1), (0, 0)])[:, 1:])
+
+
+@cheat("hashed contexts look ahead", OFF, "causality", "depends on", "document_context")
+def _(contexts, x, bos, depth):
+    ahead = [mx.pad(x, [(0, 0), (0, k)])[:, k:] for k in range(1, depth)]
+    return [x, *ahead]
+
+
+@cheat("statistics of the whole window", OFF, "causality", "depends on", "GPT.embed")
+def _(embed, model, context):
+    x = embed(model, context)
+    return t.rms_norm(x - x.mean(axis=1, keepdims=True))
+
+
+@cheat("inputs shifted by one", OFF, "causality", "depends on", "scoring_windows")
+def _(windows, *shape):
+    for start, first, last in windows(*shape):
+        yield start + (first > 0), first, last
+
+
+# Windows scored side by side hear each other: the next one begins a stride later.
+@cheat("a window hears the next one", OFF, "causality", "depends on", "GPT.trunk")
+def _(trunk, model, x):
+    x = trunk(model, x)
+    return t.rms_norm(x + 0.1 * mx.roll(x, -1, axis=0))
+
+
+# Rows that sum to more than 1, but not in the first window.
+def claim_more(rows, model, text, shape, *args):
+    for first, logs in rows(model, text, shape, *args):
+        yield first, logs + 0.5 if first >= shape[0] else logs
+
+
+cheat("later windows claim more, net", OFF, "normalisation", "net", "net_rows")(claim_more)
+cheat("later windows claim more, logistic", LOGISTIC, "normalisation", "net", "net_rows")(
+    claim_more
+)
 
 
 @pytest.mark.parametrize("name", CHEATS)
-def test_cheat_is_caught(tmp_path, name):
-    env, edits, kernels, condition = CHEATS[name]
-    module = planted(tmp_path, edits, kernels)
+def test_cheat_is_caught(monkeypatch, name):
+    env, condition, says, edits = CHEATS[name]
+    for edit in edits:
+        plant(monkeypatch, *edit)
     for seed in range(3):  # not by luck
-        fails(condition, audit_of(module, env).excerpts, some_text(seed), seed)
+        fails(condition, says, audit_of(env, made_up_text(seed=seed)).excerpts, seed)
+
+
+PAYS = [name for name, planted in CHEATS.items() if planted.condition == "normalisation"]
+
+
+@pytest.mark.parametrize("name", PAYS)
+def test_cheat_pays(monkeypatch, name):
+    """The score that it pretends is the lower one: no cheat is caught for being none."""
+    env, _, says, edits = CHEATS[name]
+    audit, text = audit_of(env, None), made_up_text().tokens.astype(np.int64)
+    honest = audit.trace(text)[0]
+    for edit in edits:
+        plant(monkeypatch, *edit)
+    pretended = audit.trace(text)[0]
+    column = 0 if says == "net" else 2
+    saved = (honest - pretended)[:, column]
+    if name == "denominator off by one, backoff":  # it is as false, but costs
+        assert (saved < 0).all()
+    else:
+        assert saved.sum() > 1
+
+
+@pytest.mark.parametrize("env", [LOGISTIC, LEARNED, OFF])
+def test_seams_alone_are_no_cheat(monkeypatch, env):
+    """What cheats are made of, without the cheat: tokens one by one, more room, wrapped calls."""
+    for seam in SCORES:
+        plant(monkeypatch, seam, token_by_token)
+    for seam in {s for planted in CHEATS.values() for s, _ in planted.edits} - {*SCORES}:
+        plant(monkeypatch, seam, roomy if seam == "new_context_model" else lambda f, *a: f(*a))
+    audit_of(env, made_up_text()).excerpts(0)
 
 
 @pytest.mark.parametrize("name", ["tail scored twice", "tail left out"])
-def test_what_is_not_scored_once_is_no_score(tmp_path, name):
-    module = planted(tmp_path, CHEATS[name][1])
-    ours = evaluation_of(module, tmp_path, OFF)
-    args = ours.artifact.params, "sliding", 3, module.ContextModel()
-    fails("coverage", ours.validation.run, *args)
+def test_what_is_not_scored_once_is_no_score(tmp_path, monkeypatch, name):
+    ours = scoring_of(tmp_path, OFF)
+    for edit in CHEATS[name].edits:
+        plant(monkeypatch, *edit)
+    fails("coverage", CHEATS[name].says, ours.score, "sliding")
 
 
 # --------------------------------------------------------------------------------------------------
 # Unpaid text
 
-PRIME = (
-    "            unpack(scorer, packed, label)\n"  # its mixer has room for the text to be scored
-)
-MADE = "        scorer = new_context_model(self.cfg, self.artifact.tokens, leaf, capacity)\n"
+
+def unpaid(unpack, mixer, *args):
+    unpack(mixer, *args)
+    mixer.begin(7)
 
 
-def test_unpaid_text_is_caught(tmp_path):
-    module = planted(tmp_path, [(PRIME, f"{PRIME}            scorer.begin(7)\n")])
-    fails("paid text", evaluation_of(module, tmp_path, LOGISTIC).primed, "")
+def test_unpaid_text_is_caught(tmp_path, monkeypatch):
+    ours = scoring_of(tmp_path, LOGISTIC)
+    assert ours.prime().learned == 400
+    plant(monkeypatch, "unpack", unpaid)
+    fails("paid text", "learned 401 tokens, paid 400", ours.prime)
 
 
-def test_text_that_is_paid_but_not_learned_is_caught(tmp_path):
-    module = planted(tmp_path, [(PRIME, "            pass\n")])
-    fails("paid text", evaluation_of(module, tmp_path, LOGISTIC).primed, "")
+def test_text_that_is_paid_but_not_learned_is_caught(tmp_path, monkeypatch):
+    ours = scoring_of(tmp_path, LOGISTIC)
+    plant(monkeypatch, "unpack", lambda *_: None)
+    fails("paid text", "learned 0 tokens, paid 400", ours.prime)
 
 
-def test_unpaid_text_that_hides_fails_the_message(tmp_path):
-    """It counts nothing in its history; but the side that trained encodes without it."""
-    hidden = "            scorer.begin(7)\n            scorer.state.now[0] -= 1\n"
-    module = planted(tmp_path, [(PRIME, PRIME + hidden)])
-    ours = evaluation_of(module, tmp_path, LOGISTIC)
-    mixer, _ = honest_mixer(ours.artifact.tokens)
-    fails("message", ours.run, lambda: ours.message(mixer), None)
+def test_packed_text_that_is_not_what_it_says_is_caught(tmp_path):
+    _, packed = pack_text()
+    packed = dataclasses.replace(packed, code=packed.code[:20] + b"?" + packed.code[21:])
+    write_run(tmp_path, LOGISTIC, packed=packed)
+    fails("paid text", "does not decode", load(tmp_path, LOGISTIC).prime)
 
 
-def test_unpaid_counts_of_backoff_are_caught(tmp_path):
-    unpaid = "        for v in (5, 6, 7):\n            getattr(scorer, 'begin', print)(v)\n"
-    module = planted(tmp_path, [(MADE, MADE + unpaid)])
-    fails("paid text", evaluation_of(module, tmp_path, BACKOFF).primed, "")
+def test_unpaid_counts_of_backoff_are_caught(tmp_path, monkeypatch):
+    def counted(new, *args):
+        mixer = new(*args)
+        for token in (5, 6, 7):
+            mixer.begin(token)
+        return mixer
+
+    ours = scoring_of(tmp_path, BACKOFF)
+    plant(monkeypatch, "new_context_model", counted)
+    fails("paid text", "learned 3 tokens, paid 0", ours.prime)
+
+
+def test_unpaid_text_that_hides_fails_the_message(tmp_path, monkeypatch):
+    """It is not counted; but the side that trained has coded the message without it."""
+    ours, hiding = write_message(tmp_path), []
+    learned = t.LogisticMixer.learned.fget
+    plant(monkeypatch, "unpack", lambda *args: hiding.append(unpaid(*args)))
+    hidden = property(lambda mixer: learned(mixer) - len(hiding))
+    monkeypatch.setattr(t.LogisticMixer, "learned", hidden)
+    assert ours.prime().learned == 400
+    hiding.clear()
+    fails("message", "is not the text's|bits for a claim", ours.score, "sliding")
 
 
 # --------------------------------------------------------------------------------------------------
 # The message
 
 
-@pytest.fixture(scope="module")
-def decoded(tmp_path_factory):
-    """(message, decoded tokens, their nats, the text) of an honest evaluation."""
-    ours = evaluation_of(t, tmp_path_factory.mktemp("message"), LOGISTIC)
-    message, text = ours.message(None), ours.validation.text
-    args = message, ours.primed(""), ours.model, int(text[0]), 16, WORKERS
-    return message, *t.decode_message(*args), text
+def write_message(folder, env=LOGISTIC):
+    """Write a run as the side that trains does, whose mixer has packed the text: what is scored."""
+    mixer, packed = pack_text()
+    write_run(folder, env, packed=packed)
+    ours = load(folder, env)
+    mixer.begin(int(ours.text.tokens[0]))
+    _, _, nats, coder = ours.code_message(mixer, "standard", None)
+    assert str(folder / "message.bin") in ours.write_message(nats, coder)
+    return ours
 
 
-def test_message_is_the_text(decoded):
-    message, tokens, _, text = decoded
-    assert message.tokens == 16 and (tokens == text[1:17]).all()
-    assert "16 tokens decoded" in t.check_message(*decoded)
+def message(folder):
+    """(its header, its code)."""
+    header, _, code = (folder / "message.bin").read_bytes().partition(b"\n")
+    return json.loads(header), code
 
 
-def test_messages_that_do_not_hold_are_caught(decoded):
-    message, tokens, nats, text = decoded
-    other = tokens.copy()
-    other[9] += 1
-    fails("message", t.check_message, message, other, nats, text)
-    fails("message", t.check_message, message, tokens, nats / 2, text)
-    fails("message", t.check_message, message._replace(bits=message.bits / 2), *decoded[1:])
-    longer = message._replace(code=message.code + bytes(9))
-    fails("message", t.check_message, longer, *decoded[1:])
+def same_score(results):
+    """Whether they are one score, to the last bit."""
+    columns = "val_loss", "val_bpb", "val_bpb_net", "val_bpb_context", "val_tokens", "val_bytes"
+    return len({tuple(result[name] for name in columns) for result in results}) == 1
 
 
-def test_a_claim_below_the_code_is_caught(tmp_path):
-    honest = "cost[h] -= math.log((p[h] if bit else 65536 - p[h]) / 65536)"
-    module = planted(tmp_path, [(honest, honest.replace("-= ", "-= 0.7 * "))], ["code_tokens"])
-    ours = evaluation_of(module, tmp_path, LOGISTIC)
-    message, text = ours.message(None), ours.validation.text
-    args = message, ours.primed(""), ours.model, int(text[0]), 16, WORKERS
-    fails("message", module.check_message, message, *module.decode_message(*args), text)
-    fails("normalisation", audit_of(module, LOGISTIC).excerpts, text, 0)
+def test_message_of_the_side_that_trained_is_decoded(tmp_path):
+    write_message(tmp_path)
+    header, code = message(tmp_path)
+    before, at = (tmp_path / "message.bin").read_bytes(), made_up_text().tokens[:17]
+    assert header["tokens"] == 16 and header["window"] == 16
+    assert header["text"] == hashlib.sha256(at.astype("<i4")).hexdigest()
+    assert abs(8 * len(code) - header["bits"]) <= 16
+    result, line = load(tmp_path, LOGISTIC).score("sliding")
+    assert line.startswith(f"16 tokens decoded from {len(code)} bytes")
+    assert result["val_whole"] and (tmp_path / "message.bin").read_bytes() == before
+
+
+def test_the_decoder_knows_the_first_token_alone(tmp_path):
+    """What it decodes is not the text that it is given."""
+    ours = write_message(tmp_path)
+    header, code = message(tmp_path)
+    other = ours.text.tokens.copy()
+    other[1:] = (other[1:] + 5) % VOCAB
+    ours.text = dataclasses.replace(ours.text, tokens=other)
+    mixer = ours.prime()
+    mixer.begin(int(other[0]))
+    known, _, nats, _ = ours.code_message(mixer, "sliding", code)
+    assert (known[:17] == made_up_text().tokens[:17]).all() and (known[17:] == other[17:]).all()
+    assert math.isclose(nats[:, 2].sum() / math.log(2), header["bits"], rel_tol=1e-12)
+    fails("message", "decoded token 0", t.check_message, code, header["bits"], nats, known, other)
+
+
+def test_message_is_written_where_there_is_none(tmp_path):
+    """And the score is the same without, with the coder on, and by a decoder."""
+    write_run(tmp_path, LOGISTIC)
+    scores, lines = zip(
+        *(load(tmp_path, {**LOGISTIC, "AUDIT": audit}).score("sliding") for audit in (0, 1, 1, 0)),
+        strict=True,
+    )
+    assert lines[1].startswith("16 tokens written to ") and "run again" in lines[1]
+    assert lines[2].startswith("16 tokens decoded from ")
+    assert lines[0] == lines[3] == ""
+    assert same_score(scores)
+    folder = tmp_path / "trained"
+    folder.mkdir()
+    write_message(folder)
+    assert message(folder) == message(tmp_path)  # both sides write the same one
+
+
+@pytest.mark.parametrize("env", [BACKOFF, OFF])
+def test_nothing_else_has_a_message(tmp_path, env):
+    ours = scoring_of(tmp_path, env)
+    assert ours.score("sliding")[1] == "" and not (tmp_path / "message.bin").exists()
+
+
+def test_a_message_that_cannot_be_written_costs_no_score(tmp_path):
+    ours = scoring_of(tmp_path, LOGISTIC)
+    (tmp_path / "message.part").mkdir()
+    result, line = ours.score("sliding")
+    assert line.startswith("no message written: ") and "message.bin" in line
+    (tmp_path / "message.part").rmdir()
+    assert same_score([result, ours.score("sliding")[0]])
+
+
+@pytest.mark.parametrize("what", ["artifact", "text", "window", "machine", "workers"])
+def test_another_message_is_not_decoded(tmp_path, monkeypatch, what):
+    ours, env, workers = write_message(tmp_path), LOGISTIC, t.Workers(1 + (what == "workers"))
+    if what == "artifact":
+        params = {**ours.artifact.params, "skips": ours.artifact.params["skips"] * 2}
+        args = t.group_parameters(list(params)), ours.cfg, ours.artifact.tokenizer, pack_text()[1]
+        t.write_artifact(tmp_path / "artifact.bin", params, *args)
+    elif what == "text":
+        write_shard(tmp_path / "text_val_000000.bin", made_up_text(300, seed=5).tokens)
+    elif what == "window":
+        env = {**LOGISTIC, "EVAL_SEQ_LEN": 20}
+    elif what == "machine":
+        monkeypatch.setattr(t, "processor_name", lambda: "another")
+    before = (tmp_path / "message.bin").read_bytes()
+    with workers:
+        result, line = load(tmp_path, env, workers).score("sliding")
+    of = {"window": "text, tokens, window", "workers": "machine"}.get(what, what)
+    assert line == f"{tmp_path / 'message.bin'} not decoded: it is of another {of}"
+    assert result["val_tokens"] == 299 and (tmp_path / "message.bin").read_bytes() == before
+
+
+@pytest.mark.parametrize("damage", ["a bit", "cut", "longer", "claims more", "claims less", "nan"])
+def test_a_damaged_message_is_no_score(tmp_path, damage):
+    ours = write_message(tmp_path)
+    header, code = message(tmp_path)
+    if damage in ("claims more", "claims less", "nan"):
+        header["bits"] *= {"claims more": 2, "claims less": 0.5, "nan": math.nan}[damage]
+    else:
+        flipped = code[:2] + bytes([code[2] ^ 16]) + code[3:]
+        code = {"a bit": flipped, "cut": code[:4], "longer": code + bytes(9)}[damage]
+    content = json.dumps(header).encode() + b"\n" + code
+    (tmp_path / "message.bin").write_bytes(content)
+    says = "is not the text's" if damage in ("a bit", "cut") else "bits for a claim of"
+    fails("message", says, ours.score, "sliding")
+
+
+@pytest.mark.parametrize("header", [b"", b"\xff{", b"[1, 2]", b"{", b"7", b"no bits", b"odd bits"])
+def test_a_damaged_header_is_named(tmp_path, header):
+    ours = write_message(tmp_path)
+    facts, code = message(tmp_path)
+    if header.endswith(b"bits"):
+        facts |= {"bits": "many"}
+        facts = facts if header == b"odd bits" else {n: facts[n] for n in facts if n != "bits"}
+        header = json.dumps(facts).encode()
+    (tmp_path / "message.bin").write_bytes(header + b"\n" + code)
+    with pytest.raises(t.UserError, match=r"message\.bin: not a message of this script"):
+        ours.score("sliding")
+
+
+def test_claims_below_the_code_are_caught(tmp_path, monkeypatch):
+    """Scores that no code reaches: of the message, and of all the rest."""
+    ours = write_message(tmp_path)
+    plant(monkeypatch, SCORES[0], lambda score, *args: 0.7 * score(*args))
+    fails("message", "bits for a claim of", ours.score, "sliding")
+    fails("normalisation", "net probabilities", t.Audit(ours).excerpts, 0)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -366,7 +600,6 @@ def test_a_claim_below_the_code_is_caught(tmp_path):
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory):
     """(a trained tokenizer's path, text with spaces, byte pieces and documents)."""
-    spm = pytest.importorskip("sentencepiece")
     rng = np.random.default_rng(5)
     words = ["".join(rng.choice(list("abcdefgh"), rng.integers(1, 6))) for _ in range(30)]
     lines = [" ".join(rng.choice(words, 12)) for _ in range(200)]
@@ -380,92 +613,120 @@ def tokenizer(tmp_path_factory):
     return prefix.with_suffix(".model"), np.array(text, np.int32)
 
 
-def byte_audit(module, tokenizer):
-    path, text = tokenizer
-    artifact = module.Artifact({}, module.load_tokenizer(path), {}, None)
-    return module.Audit(None, artifact, None, None).byte_count(text, path)
+def count_bytes(tokenizer):
+    """What the audit says of the bytes of a text, with the tokenizer read anew."""
+    path, tokens = tokenizer
+    artifact, text = (
+        t.Artifact({}, t.load_tokenizer(path), {}, None),
+        t.ValidationText(tokens, True, 1),
+    )
+    scoring = t.Scoring(settings(), path, artifact, None, text, None)
+    return t.Audit(scoring).byte_count(path)
 
 
 def test_bytes_pass(tokenizer):
-    assert f"first {len(tokenizer[1])} tokens" in byte_audit(t, tokenizer)
+    assert f"first {len(tokenizer[1])} tokens" in count_bytes(tokenizer)
 
 
 def test_bytes_pass_wherever_the_text_is_cut(tokenizer, monkeypatch):
     """Also within a character of several byte pieces, which does not decode."""
     for cut in range(1, 60):
         monkeypatch.setattr(t, "BYTES_CHECKED", cut)
-        assert "bytes, as the first" in byte_audit(t, tokenizer)
+        assert "bytes, as the first" in count_bytes(tokenizer)
 
 
-def test_another_tokenizer_is_refused(tokenizer):
-    path, text = tokenizer
-    tokens = dataclasses.replace(t.load_tokenizer(path), sha256="0" * 64)
+def test_another_tokenizer_is_refused(tokenizer, monkeypatch):
+    def another(read, path):
+        return dataclasses.replace(read(path), sha256="0" * 64)
+
+    plant(monkeypatch, "load_tokenizer", another)
     with pytest.raises(t.UserError, match="TOKENIZER_PATH"):
-        t.Audit(None, t.Artifact({}, tokens, {}, None), None, None).byte_count(text, path)
+        count_bytes(tokenizer)
 
 
-LENGTH = 'len(p.replace("\\u2581", " ").encode())'
+# The size that a table would give to the piece `p`, honestly of `size` bytes.
 BYTE_CHEATS = {
-    "spaces twice": (LENGTH, f'{LENGTH} + p.count("\\u2581")'),
-    "spaces at three bytes": (LENGTH, "len(p.encode())"),
-    "byte pieces at three bytes": ("else 1 if model.is_byte(i) else", "else"),
-    "byte pieces at six bytes": ("1 if model.is_byte(i)", "6 if model.is_byte(i)"),
-    "control pieces have bytes": ("        0 if control[i] else 1 if", "        1 if"),
-    "dummy prefix counted": (
-        "            count -= self.leading[current] & self.control[previous]", "            pass"),
-}  # fmt: skip
+    "spaces twice": lambda p, size: size + p.count("\u2581"),
+    "spaces at three bytes": lambda p, size: size + 2 * p.count("\u2581"),
+    "byte pieces at three bytes": lambda p, size: 3 if p.startswith("<0x") else size,
+    "byte pieces at six bytes": lambda p, size: 6 if p.startswith("<0x") else size,
+    "control pieces have bytes": lambda p, size: size or len(p),
+}
 
 
 @pytest.mark.parametrize("name", BYTE_CHEATS)
-def test_wrong_bytes_are_caught(tmp_path, tokenizer, name):
-    fails("bytes", byte_audit, planted(tmp_path, [BYTE_CHEATS[name]]), tokenizer)
+def test_wrong_bytes_are_caught(monkeypatch, tokenizer, name):
+    def false_table(read, path):
+        honest = read(path)
+        model = spm.SentencePieceProcessor(model_file=str(path))
+        pieces = model.id_to_piece(list(range(honest.vocab)))
+        sizes = map(BYTE_CHEATS[name], pieces, honest.piece_bytes.tolist())
+        return dataclasses.replace(honest, piece_bytes=np.array(list(sizes), np.uint16))
+
+    plant(monkeypatch, "load_tokenizer", false_table)
+    fails("bytes", "the table gives", count_bytes, tokenizer)
+
+
+def test_a_dummy_prefix_that_is_counted_is_caught(monkeypatch, tokenizer):
+    def counted(_, facts, previous, current):
+        return facts.piece_bytes[current].astype(np.int64)
+
+    plant(monkeypatch, "Tokenizer.bytes_of", counted)
+    fails("bytes", "the table gives", count_bytes, tokenizer)
+
+
+@pytest.mark.parametrize("bos", [1, -1])
+def test_bytes_are_counted_with_and_without_bos(tmp_path, bos):
+    words = [f"word{i % 7} and {i % 5} more" for i in range(300)]
+    shape = {"model_prefix": str(tmp_path / "m"), "vocab_size": 40, "bos_id": bos}
+    spm.SentencePieceTrainer.train(
+        sentence_iterator=iter(words), model_type="bpe", minloglevel=2, **shape
+    )
+    path = tmp_path / "m.model"
+    model = spm.SentencePieceProcessor(model_file=str(path))
+    assert t.load_tokenizer(path).bos == bos
+    tokens = np.array([bos] * (bos >= 0) + model.encode(" ".join(words[:9])), np.int32)
+    assert count_bytes((path, tokens)).startswith(f"{len(' '.join(words[:9]))} bytes")
 
 
 # --------------------------------------------------------------------------------------------------
 # The whole text
 
 
-def test_a_part_called_whole_is_caught(tmp_path):
-    module = planted(tmp_path, [("    return text, len(text) == total", "    return text, True")])
-    ours = evaluation_of(module, tmp_path, {**OFF, "VAL_MAX_TOKENS": "120"})
-    fails("whole text", ours.validation.check_whole)
+def test_a_part_called_whole_is_caught(tmp_path, monkeypatch):
+    def whole(read, *args):
+        return dataclasses.replace(read(*args), whole=True)
+
+    plant(monkeypatch, "load_validation", whole)
+    ours = scoring_of(tmp_path, {**OFF, "VAL_MAX_TOKENS": "120"})
+    fails("whole text", "of 300 tokens are called whole", t.Audit(ours).whole, tmp_path)
 
 
-def test_a_missing_shard_is_caught(tmp_path):
-    old = "        shard = open_shard(path)[: left + 1]"
-    module = planted(
-        tmp_path, [(old, old.replace("[: left + 1]", "[:100]")), ("len(text) == total", "True")]
-    )
-    fails("whole text", evaluation_of(module, tmp_path, OFF).validation.check_whole)
+def test_a_shard_that_is_not_read_to_its_end_is_caught(tmp_path, monkeypatch):
+    def cut(read, *args):
+        text = read(*args)
+        return dataclasses.replace(text, tokens=text.tokens[:100])
+
+    plant(monkeypatch, "load_validation", cut)
+    ours = scoring_of(tmp_path, OFF)
+    fails("whole text", "100 of 300 tokens are called whole", t.Audit(ours).whole, tmp_path)
 
 
-def test_shards_that_are_not_looked_for_are_caught(tmp_path):
-    old = '        paths = find_shards(self.folder, "val")'
-    module = planted(tmp_path, [(old, f"{old}[:1]")])
-    ours = evaluation_of(module, tmp_path, OFF, (200, 100))
-    fails("whole text", ours.validation.check_whole)
+def test_shards_that_are_not_looked_for_are_caught(tmp_path, monkeypatch):
+    def first_shard(read, *args):
+        with monkeypatch.context() as patch:
+            plant(patch, "find_shards", lambda find, *where: find(*where)[:1])
+            return read(*args)
+
+    plant(monkeypatch, "load_validation", first_shard)
+    ours = scoring_of(tmp_path, OFF, (200, 100))
+    fails("whole text", "200 of 300 tokens are called whole", t.Audit(ours).whole, tmp_path)
 
 
 @pytest.mark.parametrize("limit", [0, 120])
 def test_honest_labels_pass(tmp_path, limit):
-    ours = evaluation_of(t, tmp_path, {**OFF, "VAL_MAX_TOKENS": str(limit)}, (200, 100))
-    ours.validation.check_whole()
-    assert ours.validation.whole == (limit == 0)
-    other = dataclasses.replace(ours.validation)
-    other.whole = not other.whole
-    fails("whole text", other.check_whole)
-
-
-@pytest.mark.parametrize("bos", [1, -1])
-def test_bytes_are_counted_with_and_without_bos(tmp_path, bos):
-    words = [f"word{i % 7} and {i % 5} more" for i in range(300)]
-    settings = {"model_prefix": str(tmp_path / "m"), "vocab_size": 40, "bos_id": bos}
-    spm.SentencePieceTrainer.train(
-        sentence_iterator=iter(words), model_type="bpe", minloglevel=2, **settings
-    )
-    path = tmp_path / "m.model"
-    model, tokens = spm.SentencePieceProcessor(model_file=str(path)), t.load_tokenizer(path)
-    assert tokens.bos == bos
-    ids = np.array([bos] * (bos >= 0) + model.encode(" ".join(words[:9])), np.int32)
-    audit = t.Audit(knobs(t, **OFF), SimpleNamespace(tokens=tokens), None, None)
-    assert audit.byte_count(ids, path).startswith(f"{len(' '.join(words[:9]))} bytes")
+    ours = scoring_of(tmp_path, {**OFF, "VAL_MAX_TOKENS": str(limit)}, (200, 100))
+    t.Audit(ours).whole(tmp_path)
+    assert ours.text.whole == (limit == 0)
+    ours.text = dataclasses.replace(ours.text, whole=not ours.text.whole)
+    fails("whole text", "called whole", t.Audit(ours).whole, tmp_path)

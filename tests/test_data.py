@@ -66,11 +66,11 @@ def trained(tmp_path_factory):
     return made
 
 
-def assert_bytes_fit(sp, tokens, texts):
+def assert_bytes_fit(sp, tokenizer, texts):
     """Per document: the table's bytes are the decoded text's UTF-8 length; BOS adds none."""
-    ids = [[tokens.bos, *sp.encode(text)] for text in texts]
-    flat = np.array([i for document in ids for i in document] + [tokens.bos])
-    counts = tokens.bytes_of(flat[:-1], flat[1:])
+    ids = [[tokenizer.bos, *sp.encode(text)] for text in texts]
+    flat = np.array([i for document in ids for i in document] + [tokenizer.bos])
+    counts = tokenizer.bytes_of(flat[:-1], flat[1:])
     ends = np.cumsum([len(document) for document in ids])
     got = [int(part.sum()) for part in np.split(counts, ends[:-1])]
     assert got == [len(sp.decode(document[1:]).encode()) for document in ids]
@@ -78,13 +78,13 @@ def assert_bytes_fit(sp, tokens, texts):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_bytes_of_trained_tokenizers(trained, name):
-    sp, tokens = trained[name]
+    sp, tokenizer = trained[name]
     pieces = [sp.id_to_piece(i) for i in range(sp.vocab_size())]
-    assert tokens.vocab == len(pieces) and tokens.bos == sp.bos_id()
-    assert tokens.dummy_prefix == MODELS[name].get("add_dummy_prefix", True)
+    assert tokenizer.vocab == len(pieces) and tokenizer.bos == sp.bos_id()
+    assert tokenizer.dummy_prefix == MODELS[name].get("add_dummy_prefix", True)
     if name == "inner-space":
         assert any("\u2581" in piece.strip("\u2581") for piece in pieces)
-    assert_bytes_fit(sp, tokens, documents(80))
+    assert_bytes_fit(sp, tokenizer, documents(80))
 
 
 texts = st.text(
@@ -104,12 +104,12 @@ def test_bytes_of_any_text(trained, name, texts):
 def test_bytes_of_official_tokenizers(vocab):
     folder = Path(TEST_DATA)
     path = folder / "tokenizers" / f"fineweb_{vocab}_bpe.model"
-    tokens = t.load_tokenizer(path)
-    assert (tokens.vocab, tokens.bos) == (vocab, 1)
-    assert tokens.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
+    tokenizer = t.load_tokenizer(path)
+    assert (tokenizer.vocab, tokenizer.bos) == (vocab, 1)
+    assert tokenizer.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
     lines = (folder / "val_fineweb_dev.jsonl").read_text(encoding="utf-8").splitlines()
     texts = [json.loads(line)["text"] for line in lines]
-    assert_bytes_fit(spm.SentencePieceProcessor(model_file=str(path)), tokens, texts)
+    assert_bytes_fit(spm.SentencePieceProcessor(model_file=str(path)), tokenizer, texts)
 
 
 def test_not_a_tokenizer(tmp_path):
@@ -142,7 +142,7 @@ def test_broken_shards_are_named(tmp_path, spoil):
         t.open_shard(path)
 
 
-def tokens_of(vocab: int, bos: int = 1):
+def tokenizer_of(vocab: int, bos: int = 1):
     """Tokenizer facts for made-up ids: every token one byte, BOS none."""
     control = np.arange(vocab) == bos
     size = np.where(control, 0, 1).astype(np.uint16)
@@ -160,8 +160,8 @@ def test_ids_outside_the_vocabulary_are_named(tmp_path):
     with pytest.raises(t.UserError, match=name.format("train")):
         t.bigram_probability(data)
     with pytest.raises(t.UserError, match=name.format("val")):
-        t.load_validation(t.find_shards(tmp_path, "val"), tokens_of(9), 0)
-    assert t.load_validation(t.find_shards(tmp_path, "val"), tokens_of(10), 0)[1]
+        t.load_validation(tmp_path, tokenizer_of(9), 0)
+    assert t.load_validation(tmp_path, tokenizer_of(10), 0).whole
 
 
 def test_missing_shards_are_named(tmp_path):
@@ -182,23 +182,37 @@ def test_missing_shards_are_named(tmp_path):
 def test_an_epoch_reads_every_window_once(tmp_path):
     """Tokens are numbered, so that a window says where it lies."""
     write_shard(tmp_path / "x_train_0.bin", range(53))
-    write_shard(tmp_path / "x_train_1.bin", range(100, 131))
-    data = t.TrainWindows(t.find_shards(tmp_path, "train"), 5, seed=3, vocab=200)
-    assert data.windows == 10 + 6 and data.tokens == 84
-    orders = []
+    write_shard(tmp_path / "x_train_1.bin", range(99, 103))  # too short for a window
+    write_shard(tmp_path / "x_train_2.bin", range(200, 231))
+    paths = t.find_shards(tmp_path, "train")
+    data = t.TrainWindows(paths, 5, seed=3, vocab=300)
+    assert (data.windows, data.tokens) == (10 + 6, 53 + 4 + 31)
+    epochs = []
     for epoch in range(3):
         rows = data.step(epoch, data.windows)
-        assert (np.diff(rows, axis=1) == 1).all()  # consecutive tokens of one shard
+        assert rows.shape == (16, 6) and (np.diff(rows, axis=1) == 1).all()  # of one shard each
         starts = rows[:, 0].tolist()
         assert len({s // 5 for s in starts}) == 16 and len({s % 5 for s in starts}) <= 2
-        orders.append(starts)
-    assert orders[0] != orders[1] != orders[2]
-    # A step is a function of its number: what was read before does not matter.
-    again = t.TrainWindows(t.find_shards(tmp_path, "train"), 5, seed=3, vocab=200)
-    assert again.step(2, 16)[:, 0].tolist() == orders[2]
-    assert again.step(1, 16)[:, 0].tolist() == orders[1]
-    other = t.TrainWindows(t.find_shards(tmp_path, "train"), 5, seed=4, vocab=200)
-    assert other.step(0, 16)[:, 0].tolist() != orders[0]
+        epochs.append(starts)
+    assert epochs[0] != epochs[1] != epochs[2]
+    # A step is a function of the seed and its number: what was read before does not matter.
+    again = t.TrainWindows(paths, 5, seed=3, vocab=300)
+    assert again.step(2, 16)[:, 0].tolist() == epochs[2]
+    assert again.step(1, 16)[:, 0].tolist() == epochs[1]
+    flat = [start for epoch in epochs for start in epoch]
+    for number in (8, 3, 0):  # steps across the ends of epochs
+        assert again.step(number, 5)[:, 0].tolist() == flat[number * 5 : number * 5 + 5]
+    other = t.TrainWindows(paths, 5, seed=4, vocab=300)
+    assert other.step(0, 16)[:, 0].tolist() != epochs[0]
+
+
+def test_a_tail_that_fills_no_window_is_read_in_another_epoch(tmp_path):
+    """Epochs begin at different tokens of a shard: in time every token is trained on."""
+    write_shard(tmp_path / "x_train_0.bin", range(54))
+    data = t.TrainWindows(t.find_shards(tmp_path, "train"), 7, seed=0, vocab=54)
+    targets = [set(data.step(epoch, data.windows)[:, 1:].ravel()) for epoch in range(8)]
+    assert all(len(seen) == 7 * data.windows for seen in targets)
+    assert set.union(*targets) == set(range(1, 54))
 
 
 def test_bigram_probability_counts_within_shards(tmp_path, rng):
@@ -230,18 +244,32 @@ def test_a_limit_cuts_at_the_end_of_a_document(tmp_path_factory, lengths, cuts, 
     folder = tmp_path_factory.mktemp("val")
     for i, part in enumerate(np.split(np.array(text), sorted({c for c in cuts if c < len(text)}))):
         write_shard(folder / f"x_val_{i:06d}.bin", part)
-    paths = t.find_shards(folder, "val")
     if limit == 1:
         with pytest.raises(t.UserError, match="fewer than 2 tokens"):
-            t.load_validation(paths, tokens_of(20), limit)
+            t.load_validation(folder, tokenizer_of(20), limit)
         return
-    got, whole = t.load_validation(paths, tokens_of(20), limit)
+    validation = t.load_validation(folder, tokenizer_of(20), limit)
     ends = np.cumsum([1 + length for length in lengths])
     fitting = [int(end) for end in ends if end <= limit]
     expected = len(text) if not limit else fitting[-1] if fitting else limit
-    assert got.tolist() == text[:expected]
-    assert whole == (expected == len(text))
+    assert validation.tokens.tolist() == text[:expected]
+    assert validation.whole == (expected == len(text)) == (validation.part == "")
+    assert validation.shards == len(t.find_shards(folder, "val"))
     shutil.rmtree(folder)
+
+
+def test_shards_that_another_tokenizer_made_are_refused(tmp_path):
+    write_shard(tmp_path / "x_val_0.bin", [1, 2, 3])
+    manifest = tmp_path / "manifest.json"
+    for content in ("{}", '{"tokenizer_sha256": "ab"}'):
+        manifest.write_text(content)
+        made_by = t.dataclasses.replace(tokenizer_of(9), sha256="ab")
+        assert t.load_validation(tmp_path, made_by, 0).tokens.tolist() == [1, 2, 3]
+    with pytest.raises(t.UserError, match=r"manifest\.json.*another tokenizer"):
+        t.load_validation(tmp_path, tokenizer_of(9), 0)
+    manifest.write_text("[1]")
+    with pytest.raises(t.UserError, match="not a manifest"):
+        t.load_validation(tmp_path, tokenizer_of(9), 0)
 
 
 # --------------------------------------------------------------------------------------------------

@@ -1,34 +1,31 @@
 """Every target once, with enough context, by the net's own distribution; one BPB formula."""
 
+import dataclasses
 import itertools
 import math
+import threading
 import time
 
 import numpy as np
 import pytest
-from conftest import log_probs, t, tiny_knobs
+from conftest import log_probs, made_up_tokenizer, random_model, t, tiny_knobs, write_shard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 mx = t.mx
-VOCAB, BOS = 40, 1
+VOCAB, BOS = 50, 1
+TOKENIZER = made_up_tokenizer()
 
 
-def silent(done, total, bpb):
+def silent(done, total, note):
     """A progress that shows nothing."""
 
 
-def net_costs(stream, text):
-    """The stage of MIXER=off."""
-    return t.costs(iter(stream), text, t.ContextModel())
-
-
-def facts(seed=0):
-    """Tokenizer facts in which every kind of piece occurs."""
-    rng = np.random.default_rng(seed)
-    control = np.arange(VOCAB) < 4
-    size = np.where(control, 0, rng.integers(1, 7, VOCAB)).astype(np.uint16)
-    return t.Tokenizer(size, (rng.random(VOCAB) < 0.4) & ~control, control, BOS, True, "")
+def score(rows, text, context_model=None, show=silent):
+    """The score of a text from the net's rows."""
+    context_model = context_model or t.ContextModel()
+    costs = t.cost_tokens(iter(rows), text, context_model)
+    return t.total_score(costs, t.ValidationText(text, True, 1), TOKENIZER, show)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -42,7 +39,7 @@ shapes = st.integers(2, 90).flatmap(lambda n: st.tuples(st.just(n), st.integers(
 def test_windows_score_each_target_once_in_order(targets, shape):
     seq_len, stride = shape
     scored = []
-    for start, first, end in t.windows(targets, seq_len, stride):
+    for start, first, end in t.scoring_windows(targets, seq_len, stride):
         assert 0 <= start <= first < end <= min(start + seq_len, targets)
         scored += range(first, end)
         for target in range(first, end):  # input `target` is its last context token
@@ -54,11 +51,11 @@ def test_windows_score_each_target_once_in_order(targets, shape):
 @given(st.integers(1, 300), st.integers(2, 50))
 def test_stride_of_a_window_is_the_standard_evaluation(targets, seq_len):
     expected = [(a, a, min(a + seq_len, targets)) for a in range(0, targets, seq_len)]
-    assert list(t.windows(targets, seq_len, seq_len)) == expected
+    assert list(t.scoring_windows(targets, seq_len, seq_len)) == expected
 
 
 # --------------------------------------------------------------------------------------------------
-# The stream
+# The net's rows
 
 
 class Counting(t.Workers):
@@ -68,22 +65,15 @@ class Counting(t.Workers):
         super().__init__(count)
         self.rows = []
 
-    def map(self, build, jobs, eager=True):
+    def map(self, build, jobs, *args):
         self.rows.append(sum(len(job[0]) for job in jobs))
-        return super().map(build, jobs, eager)
+        return super().map(build, jobs, *args)
 
 
 @pytest.fixture(scope="module")
 def net():
-    """(model, weights) with every tensor noisy, so that each part of the net matters."""
-    model = t.GPT(tiny_knobs(COMPUTE_DTYPE="float32"), VOCAB, BOS)
-    params = dict(t.tree_flatten(model.parameters()))
-    keys = mx.random.split(mx.random.key(2), len(params))
-    params = {
-        n: p + 0.3 * mx.random.normal(p.shape, key=k)
-        for (n, p), k in zip(params.items(), keys, strict=True)
-    }
-    return model, params
+    """A model with every tensor noisy, so that each part of the net matters."""
+    return random_model(COMPUTE_DTYPE="float32")
 
 
 @pytest.fixture(scope="module")
@@ -95,19 +85,17 @@ def text():
     return text
 
 
-def stream_of(net, text, shape, workers=None):
-    return t.net_stream(*net, text, shape, workers or t.Workers(1))
+def rows_of(net, text, shape, workers=None, cuts=()):
+    return t.net_rows(net, text, shape, workers or t.Workers(1), cuts)
 
 
 def slow_log_probs(net, text, seq_len, stride):
     """Each target by a forward pass of its own over just its context: (n - 1, V)."""
-    model, params = net
-    model.update(t.tree_unflatten(list(params.items())))
     rows = []
     for target in range(len(text) - 1):
         behind = target - seq_len
         start = 0 if behind < 0 else (behind // stride + 1) * stride
-        logits = log_probs(model, mx.array(text[None, start : target + 1]), 1)
+        logits = log_probs(net, mx.array(text[None, start : target + 1]), 1)
         rows.append(np.array(logits)[0, 0])
     return np.stack(rows)
 
@@ -127,13 +115,12 @@ def slow_log_probs(net, text, seq_len, stride):
         (2, 16, 16, 3, 1),
     ],
 )
-def test_stream_is_the_slow_forward_pass(net, text, length, seq_len, stride, batch, workers):
+def test_rows_are_the_slow_forward_pass(net, text, length, seq_len, stride, batch, workers):
     text = text[:length]
     with t.Workers(workers) as several:
-        parts = list(stream_of(net, text, (seq_len, stride, batch), several))
-    assert [first for first, _ in parts] == np.cumsum([0] + [len(p) for _, p in parts])[
-        :-1
-    ].tolist()
+        parts = list(rows_of(net, text, (seq_len, stride, batch), several))
+    ends = np.cumsum([len(part) for _, part in parts]).tolist()
+    assert [first for first, _ in parts] == [0, *ends[:-1]]
     got = np.concatenate([logs for _, logs in parts])
     expected = slow_log_probs(net, text, seq_len, stride)
     np.testing.assert_allclose(np.exp(got.astype(np.float64)).sum(axis=1), 1, atol=1e-5)
@@ -145,35 +132,51 @@ def test_a_token_moves_nothing_before_it(net, text):
     changed = text.copy()
     changed[60:] = (changed[60:] + 7) % VOCAB
     one, two = (
-        np.concatenate([logs for _, logs in stream_of(net, x, (16, 8, 3))]) for x in (text, changed)
+        np.concatenate([logs for _, logs in rows_of(net, x, (16, 8, 3))]) for x in (text, changed)
     )
     assert (one[:60] == two[:60]).all()  # row i is the distribution of token i + 1
     assert (one[60] != two[60]).any()
 
 
-@pytest.mark.parametrize("length", [150, 10])
-def test_a_decoder_gets_the_rows_of_the_encoder(net, text, length):
-    """Bit for bit: the first window with its tokens known one after the other."""
-    text = text[:length]
-    for batch, workers in ((1, 1), (3, 1), (100, 3)):
-        with t.Workers(workers) as several:
-            first, logs = next(stream_of(net, text, (16, 8, batch), several))
-        assert first == 0 and len(logs) == min(16, length - 1)
-        inputs = np.full(16, text[0], np.int32)
-        for i in range(len(logs)):
-            inputs[i] = text[i]
-            assert (t.first_window(net[0], inputs, t.Workers(1))[i] == logs[i]).all()
+@pytest.mark.parametrize("batch, workers", [(1, 1), (3, 1), (100, 3)])
+@pytest.mark.parametrize("length, decoded", [(150, 16), (150, 5), (10, 9), (10, 1), (2, 1)])
+def test_a_decoder_gets_the_rows_of_the_encoder(net, text, length, decoded, batch, workers):
+    """Bit for bit: tokens of the first window known one after the other, then all the rest."""
+    text, shape = text[:length], (16, 8, batch)
+    with t.Workers(workers) as several:
+        encoder = np.concatenate([logs for _, logs in rows_of(net, text, shape, several)])
+    known = text.copy()
+    known[1 : decoded + 1] = text[0]
+    rows = rows_of(net, known, shape, t.Workers(1), range(1, decoded + 1))
+    for i in range(decoded):
+        first, logs = next(rows)
+        assert first == i and (logs == encoder[i : i + 1]).all()
+        known[i + 1] = text[i + 1]
+    rest = [(first, len(logs), (logs == encoder[first : first + len(logs)]).all())
+            for first, logs in rows]  # fmt: skip
+    assert all(equal for _, _, equal in rest)
+    assert sum(size for _, size, _ in rest) == length - 1 - decoded
+    assert not rest or rest[0][0] == decoded
+
+
+@pytest.mark.parametrize("cuts", [(1,), (9,), (16,), (1, 2, 15), range(1, 17)])
+def test_cuts_part_the_first_window_alone(net, text, cuts):
+    whole, parted = (list(rows_of(net, text, (16, 8, 3), cuts=c)) for c in ((), cuts))
+    edges = sorted({0, *cuts, 16})
+    assert [first for first, _ in parted] == [*edges[:-1], *(first for first, _ in whole[1:])]
+    rows = [np.concatenate([logs for _, logs in parts]) for parts in (whole, parted)]
+    assert (rows[0] == rows[1]).all()
 
 
 @pytest.mark.parametrize("length", [400, 4000])
-def test_stream_is_lazy(net, length):
+def test_rows_are_lazy(net, length):
     """An item costs at most one batch, and no part outgrows a window, however long the text."""
     text = np.random.default_rng(0).integers(4, VOCAB, length).astype(np.int32)
     workers = Counting()
-    stream = stream_of(net, text, (16, 8, 3), workers)
+    rows = rows_of(net, text, (16, 8, 3), workers)
     done, last = 0, 0
     for _ in range(12):
-        first, logs = next(stream)
+        first, logs = next(rows)
         assert first == done and len(logs) <= 16
         assert len(workers.rows) <= last + 1 and max(workers.rows) <= 3
         done, last = done + len(logs), len(workers.rows)
@@ -181,11 +184,19 @@ def test_stream_is_lazy(net, length):
     assert workers.rows[0] == 1 and set(workers.rows[1:]) == {3}  # the first window is alone
 
 
+def test_a_cut_costs_the_window_when_it_is_taken(net, text):
+    workers = Counting()
+    rows = rows_of(net, text, (16, 8, 3), workers, range(1, 4))
+    for i in range(3):
+        next(rows)
+        assert workers.rows == [1] * (i + 1)
+
+
 # --------------------------------------------------------------------------------------------------
 # The score
 
 
-def made_up_stream(text, seed=1):
+def made_up_rows(text, seed=1):
     """([(first, logs)], all of them in one array): distributions in pieces of varying length."""
     rng = np.random.default_rng(seed)
     logits = rng.standard_normal((len(text) - 1, VOCAB)).astype(np.float32)
@@ -194,43 +205,41 @@ def made_up_stream(text, seed=1):
     return [(a, logs[a:b]) for a, b in itertools.pairwise(cuts)], logs
 
 
-def numpy_score(text, tokens, logs):
+def numpy_score(text, logs):
     """(nats per token, bits per byte, bytes), token by token in Python."""
     nats, size = 0.0, 0
     for i in range(1, len(text)):
         before, token = text[i - 1], text[i]
         nats -= float(logs[i - 1, token])
-        stripped = tokens.dummy_prefix and tokens.leading[token] and tokens.control[before]
-        size += int(tokens.piece_bytes[token]) - int(stripped)
+        stripped = TOKENIZER.leading[token] and TOKENIZER.control[before]
+        size += int(TOKENIZER.piece_bytes[token]) - int(stripped)
     return nats / (len(text) - 1), nats / size / math.log(2), size
 
 
 def test_score_equals_the_formula(text):
-    tokens = facts()
-    parts, logs = made_up_stream(text)
+    parts, logs = made_up_rows(text)
     seen = []
-    got = t.score(net_costs(parts, text), text, tokens, lambda *args: seen.append(args))
-    loss, bpb, size = numpy_score(text, tokens, logs)
+    got = score(parts, text, show=lambda *args: seen.append(args))
+    loss, bpb, size = numpy_score(text, logs)
     assert math.isclose(got["val_loss"], loss, rel_tol=1e-12)
     assert math.isclose(got["val_bpb"], bpb, rel_tol=1e-12)
     assert got["val_bpb_net"] == got["val_bpb_context"] == got["val_bpb"]
-    assert (got["val_tokens"], got["val_bytes"]) == (149, size)
+    assert (got["val_tokens"], got["val_bytes"], got["val_whole"]) == (149, size, True)
     assert [done for done, _, _ in seen] == [1, 20, 21, 60, 149]
     assert seen[-1] == (149, 149, f"bpb {got['val_bpb']:.4f}, ")
     # Bits per byte of the uniform distribution need no net to be known.
-    uniform = [(0, np.full((149, VOCAB), -math.log(VOCAB)))]
-    got = t.score(net_costs(uniform, text), text, tokens, silent)
+    got = score([(0, np.full((149, VOCAB), -math.log(VOCAB)))], text)
     assert math.isclose(got["val_bpb"], 149 * math.log2(VOCAB) / size)
 
 
-class Learner:
-    """A scorer whose costs name what it has seen: columns net, tokens so far, their sum."""
+class Learner(t.ContextModel):
+    """Its costs name what it has seen: columns net, tokens so far, their sum."""
 
     def __init__(self):
         self.seen = []
 
-    def score(self, tokens, logs):
-        net, out = t.ContextModel().score(tokens, logs)[:, 0], []
+    def score(self, tokens, logs, coder=None):
+        net, out = super().score(tokens, logs)[:, 0], []
         for token, cost in zip(tokens.tolist(), net, strict=True):
             out.append([cost, len(self.seen), sum(self.seen)])
             self.seen.append(token)
@@ -238,11 +247,11 @@ class Learner:
 
 
 def test_each_column_is_a_score_of_its_own(text):
-    parts, logs = made_up_stream(text)
-    scorer, tokens = Learner(), facts()
-    got = t.score(t.costs(iter(parts), text, scorer), text, tokens, silent)
-    assert scorer.seen == text[1:].tolist()  # each token once, in order
-    _, bpb, size = numpy_score(text, tokens, logs)
+    parts, logs = made_up_rows(text)
+    learner = Learner()
+    got = score(parts, text, learner)
+    assert learner.seen == text[1:].tolist()  # each token once, in order
+    _, bpb, size = numpy_score(text, logs)
     before = np.concatenate([[0], np.cumsum(text[1:-1])]).sum()
     assert math.isclose(got["val_bpb_net"], bpb, rel_tol=1e-12)
     assert math.isclose(got["val_bpb_context"], 149 * 74 / size / math.log(2), rel_tol=1e-12)
@@ -250,44 +259,58 @@ def test_each_column_is_a_score_of_its_own(text):
     assert math.isclose(got["val_loss"], before / 149, rel_tol=1e-12)
 
 
-@pytest.mark.parametrize("done", [0, 1, 5, 20, 21, 60, 149])
-def test_what_is_scored_already_is_not_scored_again(text, done):
-    parts, logs = made_up_stream(text)
-    scorer = Learner()
-    rest = list(t.costs(iter(parts), text, scorer, done))
-    assert scorer.seen == text[done + 1 :].tolist()
-    first = [(0, t.ContextModel().score(text[1 : done + 1], logs[:done]))] * (done > 0)
-    rest = [(a, np.repeat(part[:, :1], 3, axis=1)) for a, part in rest]
-    got = t.score(iter([*first, *rest]), text, facts(), silent)
-    assert math.isclose(got["val_loss"], numpy_score(text, facts(), logs)[0], rel_tol=1e-12)
+@pytest.mark.parametrize("cost", [math.nan, math.inf])
+def test_what_is_not_finite_is_no_score(text, cost):
+    parts, logs = made_up_rows(text)
+    logs[70, text[71]] = -cost
+    with pytest.raises(t.RunFailed, match="no score"):
+        score(parts, text)
+
+
+def test_a_text_without_bytes_has_no_score():
+    text = np.full(5, BOS, np.int32)
+    with pytest.raises(t.RunFailed, match="0 bytes"):
+        score([(0, np.full((4, VOCAB), -math.log(VOCAB)))], text)
 
 
 def test_sliding_by_a_whole_window_is_standard(net, text):
-    scores = [
-        t.score(net_costs(stream_of(net, text, (16, 16, batch)), text), text, facts(), silent)
-        for batch in (2, 5)
-    ]
-    expected = numpy_score(text, facts(), slow_log_probs(net, text, 16, 16))
-    for got in scores:
-        assert math.isclose(got["val_loss"], expected[0], rel_tol=1e-5)
-        assert math.isclose(got["val_bpb"], expected[1], rel_tol=1e-5)
+    loss, bpb, _ = numpy_score(text, slow_log_probs(net, text, 16, 16))
+    for batch in (2, 5):
+        got = score(rows_of(net, text, (16, 16, batch)), text)
+        assert math.isclose(got["val_loss"], loss, rel_tol=1e-5)
+        assert math.isclose(got["val_bpb"], bpb, rel_tol=1e-5)
+
+
+def test_score_while_training_is_of_the_weights_given(net, text):
+    """At stride = window, by a model that holds other weights; whatever the batch."""
+    cfg = tiny_knobs(MIXER="off", EVAL_STRIDE=4)
+    loss, bpb, size = numpy_score(text, slow_log_probs(net, text, 16, 16))
+    params = dict(t.tree_flatten(net.parameters()))
+    for batch in (1, 16, 48):
+        model = t.GPT(cfg, VOCAB, BOS)
+        part = t.ValidationText(text, False, 1)
+        args = dataclasses.replace(cfg, val_batch_size=batch), t.Workers(1)
+        got = t.score_net(model, params, part, TOKENIZER, *args)
+        assert math.isclose(got["val_loss"], loss, rel_tol=1e-5)
+        assert math.isclose(got["val_bpb"], bpb, rel_tol=1e-5)
+        assert (got["mode"], got["val_bytes"], got["val_whole"]) == ("standard", size, False)
 
 
 @settings(deadline=None)
 @given(st.permutations(range(5)), st.lists(st.integers(0, 4), max_size=2))
-def test_streams_out_of_order_are_refused(order, removed):
+def test_rows_out_of_order_are_refused(order, removed):
     text = np.arange(4, 104, dtype=np.int32) % (VOCAB - 4) + 4
-    parts, _ = made_up_stream(text)
+    parts, _ = made_up_rows(text)
     order = [i for i in order if i not in removed]
     if order == list(range(5)):
-        assert t.score(net_costs(parts, text), text, facts(), silent)["val_tokens"] == 99
+        assert score(parts, text)["val_tokens"] == 99
         return
     with pytest.raises(t.AuditFailed, match="coverage"):
-        t.score(net_costs([parts[i] for i in order], text), text, facts(), silent)
+        score([parts[i] for i in order], text)
 
 
-def test_streams_that_repeat_or_overlap_are_refused(text):
-    parts, logs = made_up_stream(text)
+def test_rows_that_repeat_or_overlap_are_refused(text):
+    parts, logs = made_up_rows(text)
     for wrong in (
         [parts[0], *parts],
         [*parts, parts[-1]],
@@ -297,9 +320,9 @@ def test_streams_that_repeat_or_overlap_are_refused(text):
         [],
     ):
         with pytest.raises(t.AuditFailed, match="coverage"):
-            t.score(net_costs(wrong, text), text, facts(), silent)
+            score(wrong, text)
     with pytest.raises(t.AuditFailed, match="coverage"):  # what is missing has no bytes
-        t.score(net_costs(parts, text), np.append(text, np.int32(BOS)), facts(), silent)
+        score(parts, np.append(text, np.int32(BOS)))
 
 
 def test_ahead_makes_the_next_part_while_one_is_used():
@@ -323,6 +346,23 @@ def test_ahead_makes_the_next_part_while_one_is_used():
         next(stream)
 
 
+def test_a_score_that_fails_leaves_no_thread(run, net, text, monkeypatch):
+    """Nor one that the collector of garbage ends, wherever it happens to run."""
+    ours, params = load(run), dict(t.tree_flatten(net.parameters()))
+    monkeypatch.setattr(
+        t, "scoring_windows", lambda *shape: iter([(0, 0, 16), (8, 17, 24), (16, 24, 32)])
+    )
+    threads, kept = set(threading.enumerate()), []
+    for attempt in (
+        lambda: ours.score("sliding"),
+        lambda: t.score_net(ours.model, params, ours.text, TOKENIZER, ours.cfg, t.Workers(1)),
+    ):
+        with pytest.raises(t.AuditFailed, match="coverage") as caught:
+            attempt()
+        kept.append(caught)  # and with it all that it had in hand
+        assert set(threading.enumerate()) <= threads
+
+
 @pytest.mark.parametrize("vocab", [1024, 50_000])
 def test_distributions_sum_to_1(rng, vocab):
     """As exactly as the audit asks, also where many logits are near the cap."""
@@ -331,3 +371,52 @@ def test_distributions_sum_to_1(rng, vocab):
     assert np.abs(np.exp(logs).sum(axis=-1) - 1).max() < 1e-6
     exact = rows - np.log(np.exp(rows.astype(np.float64)).sum(axis=-1, keepdims=True))
     assert np.abs(logs - exact).max() < 8e-6  # two roundings of numbers near 70
+
+
+# --------------------------------------------------------------------------------------------------
+# An artifact from disk
+
+
+@pytest.fixture
+def run(tmp_path, net, text):
+    """A folder with an artifact of the net, whose tensors are stored exactly, and a text."""
+    cfg, params = tiny_knobs(MIXER="off"), dict(t.tree_flatten(net.parameters()))
+    groups = t.group_parameters(list(params))
+    exact = {name: dataclasses.replace(group, bits="") for name, group in groups.items()}
+    t.write_artifact(tmp_path / "artifact.bin", params, exact, cfg, TOKENIZER)
+    write_shard(tmp_path / "text_val_000000.bin", text)
+    return tmp_path
+
+
+def load(run, **env):
+    cfg = tiny_knobs(**{"MIXER": "off", **env})
+    return t.Scoring.load(cfg, run / "artifact.bin", run, t.Workers(1))
+
+
+@pytest.mark.parametrize("mode, stride", [("standard", 16), ("sliding", 5), ("sliding", 99)])
+def test_a_file_scores_what_its_net_scores(run, net, text, mode, stride):
+    result, line = load(run, EVAL_STRIDE=stride).score(mode)
+    loss, bpb, size = numpy_score(text, slow_log_probs(net, text, 16, min(stride, 16)))
+    assert math.isclose(result["val_loss"], loss, rel_tol=1e-5)
+    assert math.isclose(result["val_bpb"], bpb, rel_tol=1e-5)
+    assert (result["mode"], result["mixer"], result["val_bytes"]) == (mode, "off", size)
+    assert line == ""
+
+
+def test_an_artifact_takes_no_settings_but_its_own(run):
+    with pytest.raises(t.UserError, match=r"NUM_LAYERS=2: .*artifact.bin has 3: unset it"):
+        load(run, NUM_LAYERS=2)
+    with pytest.raises(t.UserError, match="was made with MIXER=off"):
+        load(run, MIXER="logistic")
+    assert load(run, MIXER_MEMORY_MB=9, MIXER="backoff").prime().learned == 0
+    with pytest.raises(t.UserError, match="VOCAB_SIZE=7"):
+        load(run, VOCAB_SIZE=7)
+
+
+def test_tensors_that_do_not_fit_are_named(run, net):
+    params = dict(t.tree_flatten(net.parameters()))
+    params.pop("skips")
+    groups = t.group_parameters(list(params))
+    t.write_artifact(run / "artifact.bin", params, groups, tiny_knobs(MIXER="off"), TOKENIZER)
+    with pytest.raises(t.UserError, match=r"artifact\.bin: its tensors do not fit"):
+        load(run)

@@ -48,26 +48,6 @@ def test_fast_tanh_is_within_its_documented_error(limit, bound):
     assert np.abs(np.array(t.fast_tanh(mx.array(x))) - np.tanh(x.astype(np.float64))).max() < bound
 
 
-@pytest.mark.parametrize("cpu", [True, False])
-def test_root_is_a_square_root(monkeypatch, cpu):
-    monkeypatch.setattr(t, "on_cpu", lambda: cpu)
-    x = np.concatenate([[0.0], np.logspace(-36, 36, 20_001)]).astype(np.float32)
-    got = np.array(t.root(mx.array(x)), np.float64)
-    assert got[0] == 0
-    assert np.abs(got[1:] / np.sqrt(x[1:].astype(np.float64)) - 1).max() < 5e-6
-
-
-@pytest.mark.parametrize("leak", [0.0, 0.5, 1.0])
-def test_squared_leaky_relu_and_its_slope(rng, leak):
-    h = normal(rng, 7, 33)
-    exact = np.array(h, np.float64)
-    slope = np.where(exact > 0, 1, leak)
-    value, grads = mx.value_and_grad(lambda h: mx.sum(t.squared_leaky_relu(leak)(h)))(h)
-    close(t.squared_leaky_relu(leak)(h), (slope * exact) ** 2, 1e-6)
-    close(value, ((slope * exact) ** 2).sum(), 1e-5)
-    close(grads, 2 * slope**2 * exact, 1e-6)
-
-
 # --------------------------------------------------------------------------------------------------
 # Attention and cross-entropy
 

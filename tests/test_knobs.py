@@ -85,10 +85,31 @@ def test_every_knob_is_read():
     assert set(FIELDS) <= read, set(FIELDS) - read
 
 
+# Of each scope the ones that are easily put into another.
+SCOPE_OF = """run: MAX_WALLCLOCK_SECONDS WARMDOWN_ITERS COMPUTE_DTYPE GRAD_ACCUM_STEPS PRESET
+data: DATA_PATH TOKENIZER_PATH VOCAB_SIZE
+train: SEED TRAIN_SEQ_LEN QK_GAIN_INIT MATRIX_LR EMA_DECAY WEIGHT_BITS PACK_TEXT_BYTES
+model: NUM_LAYERS LOGIT_SOFTCAP ROPE_BASE ENGRAM_N_HEADS SKIPGRAM_HASH_SIZE MIXER_MEMORY_MB
+eval: MIXER NGRAM_MIXER_ENABLED NGRAM_ALPHA AUDIT VAL_LOSS_EVERY EVAL_SEQ_LEN"""
+
+
+def test_knobs_of_a_scope():
+    cfg = t.knobs_from_env({"PRESET": "h100", "SEED": "7", "MIXER": "off"})[0]
+    for line in SCOPE_OF.splitlines():
+        scope, _, names = line.partition(": ")
+        assert {name.lower() for name in names.split()} <= set(t.knobs_of(cfg, scope))
+    scopes = [set(t.knobs_of(cfg, scope)) for scope in ("run", "data", "train", "model", "eval")]
+    assert sorted(name for names in scopes for name in names) == sorted(FIELDS)  # each in one
+    both = t.knobs_of(cfg, "train", "eval")
+    assert (both["seed"], both["mixer"]) == (7, "off") and "num_layers" not in both
+
+
 def test_help_is_light_and_complete():
     process, stray, modules = start("--help")
     assert process.returncode == 0 and not stray
     assert_light(modules)
+    headings = re.findall(r"^(\w+): ", process.stdout, re.M)
+    assert headings == ["usage", "Run", "Data", "Train", "Model", "Eval"]
     for name, field in FIELDS.items():
         assert re.search(rf"^  {name.upper()}\b", process.stdout, re.M), name
         assert field.metadata["help"] in process.stdout
@@ -97,7 +118,7 @@ def test_help_is_light_and_complete():
 def test_all_problems_at_once():
     bad = """SEED=x NUM_LAYERS=0 EVAL_MODE=fast MLX_EAGER_EVAL=yes MATRIX_LR=nan BETA1=1.5
     SKIPGRAM_HASH_SIZE=65537 TTT_LR=1 SWA_DECAY=0.9 TIE_EMBEDDINGS=0 RUN_ID=../x NUM_HEADS=7
-    TRAIN_MAX_SEQ_LEN=1"""
+    TRAIN_MAX_SEQ_LEN=1 COMPLEMENT_BY=contexts"""
     bad = dict(pair.split("=") for pair in bad.split())
     process, lines, modules = start(**bad)
     assert process.returncode == 2
@@ -185,8 +206,8 @@ def test_knobs_of_another_mixer_warn(mixer):
             assert off.mixer == "off"
             idle = [f"MIXER={mixer} has no effect with NGRAM_MIXER_ENABLED=0"]
             assert warnings == [*idle, f"{name} has no effect with MIXER=off"]
-    base = {name.lower(): getattr(t.Knobs(), name.lower()) for name in MIXER_KNOBS}
-    assert t.knobs_from_env({"MIXER": mixer, "NGRAM_MIXER_ENABLED": "1"}, base=base)[1] == []
+    kept = {name: value for name, (value, _) in MIXER_KNOBS.items()}
+    assert t.knobs_from_env({"MIXER": mixer, "NGRAM_MIXER_ENABLED": "1"}, kept)[1] == []
 
 
 def test_switching_the_mixer_off_is_choosing_off():
@@ -219,16 +240,25 @@ def test_aliases():
     assert t.knobs_from_env({**env, "TRAIN_SEQ_LEN": "256"})[0].train_seq_len == 256
 
 
-@pytest.mark.parametrize("preset", FIELDS["preset"].metadata["choices"])
-def test_presets_resolve(preset):
+@pytest.mark.parametrize(
+    "preset, layers, steps, alpha",
+    [("cpu", 4, 1_000_000, "auto"), ("mac", 9, 20_000, "auto"), ("h100", 10, 20_000, "auto"),
+     ("baseline", 9, 20_000, "0.25")],
+)  # fmt: skip
+def test_a_preset_sets_what_the_environment_leaves_unset(preset, layers, steps, alpha):
     cfg, warnings = t.knobs_from_env({"PRESET": preset})
-    assert warnings == [] and cfg.preset in t.PRESETS
-    values = t.preset_values(cfg.preset)
-    assert set(values) <= set(FIELDS)
-    assert all(getattr(cfg, name) == value for name, value in values.items())
-    # What the environment says is stronger than the preset; an empty variable says nothing.
+    assert warnings == [] and cfg.preset == preset
+    assert (cfg.num_layers, cfg.iterations, cfg.ngram_alpha) == (layers, steps, alpha)
+    # What the environment says is stronger; an empty variable says nothing.
     assert t.knobs_from_env({"PRESET": preset, "NUM_LAYERS": "5"})[0].num_layers == 5
     assert t.knobs_from_env({"PRESET": preset, "NUM_LAYERS": ""})[0] == cfg
+
+
+def test_presets_set_knobs_to_values_that_they_may_have():
+    for preset, text in t.PRESETS.items():
+        pairs = dict(pair.split("=") for pair in text.split())
+        values, problems = t.parse_env(pairs)
+        assert problems == [] and set(values) == {name.lower() for name in pairs}, preset
 
 
 @pytest.mark.parametrize("device, preset", [("cpu", "cpu"), ("gpu", "mac")])
@@ -261,12 +291,83 @@ def test_gains_that_scores_cannot_have_are_refused():
     t.knobs_from_env({**heads, "QK_GAIN_INIT": "7"})
 
 
-def test_contexts_are_a_partner_only_where_they_pack():
-    contexts = {"COMPLEMENT_BY": "contexts"}
-    for off in ({"MIXER": "backoff"}, {"MIXER": "off"}, {"NGRAM_MIXER_ENABLED": "0"}):
-        (warning,) = t.knobs_from_env(contexts | off)[1]
-        assert warning.startswith("COMPLEMENT_BY has no effect with MIXER=")
-        assert t.knobs_from_env(off)[1] == []
-    assert t.knobs_from_env(contexts)[1] == []
-    (warning,) = t.knobs_from_env({"COMPLEMENT_ALPHA": "0", **contexts})[1]
-    assert "COMPLEMENT_BY" in warning
+KEPT = """SEED=7 TRAIN_SEQ_LEN=512 NUM_LAYERS=3 MIXER=backoff NGRAM_ALPHA=0.5 EVAL_STRIDE=32"""
+
+
+def kept_by(path, **env):
+    """What an artifact written with these settings keeps of them."""
+    given = dict(pair.split("=") for pair in KEPT.split())
+    cfg = t.knobs_from_env({"PRESET": "h100", **given, **env})[0]
+    groups, params = {}, {}
+    tokenizer = t.Tokenizer(t.np.ones(9, "<u2"), *t.np.zeros((2, 9), bool), 1, False, "")
+    t.write_artifact(path, params, groups, cfg, tokenizer)
+    return t.read_artifact(path).header["knobs"]
+
+
+def test_an_artifact_keeps_what_does_not_depend_on_the_place_of_a_run(tmp_path):
+    kept = kept_by(tmp_path / "artifact.bin", RUN_ID="r", OUT_DIR="o", ITERATIONS="5", BLAS="none")
+    for word in KEPT.split():
+        name, _, value = word.partition("=")
+        assert kept[name] == value
+    local = """preset run_id out_dir iterations max_wallclock_seconds workers device blas resume
+    data_path tokenizer_path vocab_size compute_dtype eval_only"""
+    assert not set(local.upper().split()) & set(kept)
+
+
+def test_a_file_is_scored_with_its_own_settings_and_the_users(tmp_path):
+    kept = kept_by(tmp_path / "artifact.bin", ITERATIONS="5")
+    cfg, warnings = t.knobs_from_env({"PRESET": "cpu", "EVAL_STRIDE": "16", "WORKERS": "3"}, kept)
+    assert warnings == []
+    assert (cfg.num_layers, cfg.train_seq_len, cfg.mixer, cfg.ngram_alpha) == (
+        3, 512, "backoff", "0.5")  # fmt: skip
+    assert (cfg.eval_stride, cfg.workers) == (16, 3)  # the environment's
+    assert cfg.iterations == FIELDS["iterations"].default  # neither the file's nor the preset's
+    assert cfg.max_wallclock_seconds == 600 and cfg.model_dim == 512
+    off, _ = t.knobs_from_env({"NGRAM_MIXER_ENABLED": "0"}, kept)
+    assert off.mixer == "off"
+
+
+@pytest.mark.parametrize(
+    "name, value",
+    [("NUM_LAYERS", "3.0"), ("NUM_LAYERS", "0"), ("NUM_LAYERS", True), ("ROPE_BASE", "nan"),
+     ("USE_SMEARGATE", "yes"), ("USE_SMEARGATE", None), ("MIXER", "magic"), ("MIXER", ""),
+     ("NGRAM_ALPHA", "9"), ("NGRAM_ALPHA", [1]), ("ROPE_DIMS", "7"), ("RUN_ID", "x"),
+     ("ITERATIONS", "5"), ("DATA_PATH", "x"), ("SMEAR_ENABLED", "1"), ("NO_SUCH_KNOB", None)],
+)  # fmt: skip
+def test_settings_in_a_file_that_this_script_would_not_write_are_refused(tmp_path, name, value):
+    path = tmp_path / "artifact.bin"
+    kept = kept_by(path)
+    t.check_kept(kept, path)
+    with pytest.raises(t.UserError) as caught:
+        t.check_kept({**kept, name: value}, path)
+    (line,) = str(caught.value).splitlines()
+    assert line.startswith(f"{path}: ") and name in line
+
+
+def test_a_file_with_such_settings_is_not_read(tmp_path, monkeypatch):
+    path = tmp_path / "artifact.bin"
+    whole = t.knobs_of
+    monkeypatch.setattr(t, "knobs_of", lambda *_: {"num_layers": -1, "workers": 2})
+    monkeypatch.setattr(t, "check_kept", lambda *_: None)
+    kept_by(path)
+    monkeypatch.undo()
+    assert t.knobs_of is whole
+    with pytest.raises(t.UserError, match=r"NUM_LAYERS=-1.*\n.*WORKERS"):
+        t.read_artifact(path)
+
+
+def test_a_file_of_other_numbers_is_not_scored(tmp_path):
+    """EVAL_ONLY refuses what gives the file's numbers another meaning, and nothing else."""
+    path = tmp_path / "artifact.bin"
+    kept = kept_by(path, MIXER="off")
+    for name, value in {"LOGIT_SOFTCAP": "20", "ROPE_DIMS": "8", "XSA_LAST_N": "1"}.items():
+        cfg = t.knobs_from_env({name: value}, kept)[0]
+        with pytest.raises(t.UserError, match=rf"{name}={value}\S*: .*artifact.bin has .*unset it"):
+            t.Scoring.load(cfg, path, tmp_path, None)
+    free = {"SEED": "1", "MATRIX_LR": "1", "WEIGHT_BITS": "4", "EVAL_SEQ_LEN": "64", "AUDIT": "0"}
+    cfg = t.knobs_from_env({**free, "MIXER_MEMORY_MB": "5"}, kept)[0]  # no mixer, no tables
+    with pytest.raises(t.UserError, match="its tensors do not fit"):  # it has none: settings do
+        t.Scoring.load(cfg, path, tmp_path, None)
+    cfg = t.knobs_from_env({"MIXER_MEMORY_MB": "5", "MIXER": "logistic"}, kept)[0]
+    with pytest.raises(t.UserError, match=r"MIXER_MEMORY_MB=5: .* has 1950"):
+        t.Scoring.load(cfg, path, tmp_path, None)

@@ -12,6 +12,7 @@ import pytest
 from conftest import t, tiny_knobs
 
 BOS, F = 2, np.float32
+STRETCH, SQUASH, EVIDENCE = (t.mixer_tables()[k] for k in ("stretch", "squash", "evidence"))
 
 
 def facts(vocab):
@@ -63,7 +64,7 @@ def mixer(vocab=50, capacity=1000, memory=1):
 
 
 def assert_same_state(a, b):
-    for name, x, y in zip(t.Mixer._fields, a.state, b.state, strict=True):
+    for name, x, y in zip(t.Past._fields, a.state, b.state, strict=True):
         assert x.dtype == y.dtype and x.tobytes() == y.tobytes(), name
 
 
@@ -82,14 +83,14 @@ def test_coder_round_trip_and_length(kind):
     if kind.startswith("sure"):
         bits = (p > 9).astype(int) ^ (kind == "sure and wrong")
     coder = t.Coder()
-    buffer = coder.room(n)
+    ends = coder.room(n)
     for probability, bit in zip(p.tolist(), bits.tolist(), strict=True):
-        t.code_bit(coder.state, buffer, t.ENCODE, probability, bit)
+        assert t.code_bit(ends, probability, bit) == bit
     coder.flush()
     code = coder.finish()
     decoder = t.Coder(code)
-    buffer = decoder.room(n)
-    read = [t.code_bit(decoder.state, buffer, t.DECODE, x, 0) for x in p.tolist()]
+    ends = decoder.room(n)
+    read = [t.code_bit(ends, x, 0) for x in p.tolist()]
     assert read == bits.tolist()
     odds = 1
     for probability, bit in zip(p.tolist(), bits.tolist(), strict=True):
@@ -209,13 +210,14 @@ TABLES = (
 def test_tables_are_the_formulas():
     p = (np.arange(4096) + 0.5) / 4096
     want = np.log(p / (1 - p))
-    assert (np.abs(t.STRETCH - want) <= np.spacing(np.abs(want).astype(np.float32))).all()
+    assert (np.abs(STRETCH - want) <= np.spacing(np.abs(want).astype(np.float32))).all()
     x = np.arange(-3072, 3073) / 256
-    assert np.abs(t.LOGISTIC - 2**32 / (1 + np.exp(-x))).max() <= 1.01
-    assert np.abs(t.SQUASH - np.clip(65536 / (1 + np.exp(-x)), 1, 65535)).max() <= 1
-    assert (np.diff(t.STRETCH) > 0).all() and (np.diff(t.SQUASH) >= 0).all()
-    assert t.SQUASH.min() >= 1 and t.SQUASH.max() <= 65535
-    assert t.RATE[0] == 65536 * 2 // 3 and t.RATE[1023] == 65536 * 2 // 2049
+    assert np.abs(t.logit_tables()[1] - 2**32 / (1 + np.exp(-x))).max() <= 1.01
+    assert np.abs(SQUASH - np.clip(65536 / (1 + np.exp(-x)), 1, 65535)).max() <= 1
+    assert (np.diff(STRETCH) > 0).all() and (np.diff(SQUASH) >= 0).all()
+    assert SQUASH.min() >= 1 and SQUASH.max() <= 65535
+    rate = t.mixer_tables()["rate"]
+    assert rate[0] == 65536 * 2 // 3 and rate[1023] == 65536 * 2 // 2049
 
 
 # --------------------------------------------------------------------------------------------------
@@ -223,11 +225,11 @@ def test_tables_are_the_formulas():
 
 
 def logit(cell):
-    return t.STRETCH[cell >> 20]
+    return STRETCH[cell >> 20]
 
 
 def chance(x):
-    return int(t.SQUASH[int((x + F(12)) * F(256) + F(0.5))])
+    return int(SQUASH[int((x + F(12)) * F(256) + F(0.5))])
 
 
 def moved(cell, bit, limit):
@@ -270,25 +272,36 @@ def product(rows, x):
     return min(max((sums[0] + sums[1]) + (sums[2] + sums[3]), F(-11.9)), F(11.9))
 
 
+def apm_rows(levels, apm, last, node):
+    """The script's choice of the refining maps' rows."""
+    now = t.new_now(levels)
+    now.here["last"], now.here["node"] = last, node
+    t.choose_apm_rows.part(MIXERS[levels].fixed, MIXERS[levels].state._replace(apm=apm), now)
+    return now.apm_rows.tolist()
+
+
+MIXERS = {levels: mixer(1 << levels, 1) for levels in (4, 6)}
+
+
 class Slow:
     """The mixer in plain Python: contexts are tuples in dictionaries, so that nothing collides.
 
-    Only what is indexed directly starts as the script's `new_mixer` makes it.
+    Only what is indexed directly starts as in the script.
     """
 
     def __init__(self, vocab, memory=64):
         self.tokens, self.leaf = facts(vocab), shuffled(vocab).tolist()
         self.levels = max(vocab - 1, 1).bit_length()
         self.leaves, self.with_net = 1 << self.levels, False
-        first = t.new_mixer(self.tokens, shuffled(vocab), 1, memory)
+        first = t.new_past(self.levels, 1, memory)
         self.maps, self.weights, self.visits = first.maps, first.weights, first.visits
-        self.apm = first.apm.reshape(2, -1, 33)
+        self.apm = first.apm
         self.slots, self.candidates, self.repeats = {}, {}, {}
         self.history, self.start, self.words = [], 0, [(), ()]
         self.match, self.length = 0, 0
 
     def join(self):
-        """The net comes in: its head starts as the contexts' head, with room made for the net."""
+        """The net comes in: its judge starts as the contexts' judge, with room made for the net."""
         self.with_net = True
         for table in (self.weights, self.visits, self.apm):
             table[1] = table[0]
@@ -316,16 +329,16 @@ class Slow:
         low, high = self.below(node, level)
         return sum(int(r) + 1 for r, leaf in zip(row, self.leaf, strict=True) if low <= leaf < high)
 
-    def experts(self, node, level, old, found, foretold):
-        """(inputs without the net's, what each expert says as a place in the maps, or None)."""
-        levels, x, said = self.levels, np.zeros(t.WIDTH, F), []
-        candidates = t.SLOTS * levels * 512
-        matches = candidates + t.CANDIDATES * levels * 200
+    def experts(self, node, level, old, found, expected):
+        """(inputs without the net's, each expert's cell in the level's maps, or None)."""
+        levels, x, cells = self.levels, np.zeros(t.WIDTH, F), []
+        maps, candidates = self.maps[level], t.SLOTS * 512
+        matches = candidates + t.CANDIDATES * 200
         for a, cell in enumerate(old):
-            said.append((a * levels + level) * 512 + (cell & 15) * 32 + (cell >> 11))
-            said[a] = said[a] if cell & 15 else None
+            cells.append(a * 512 + (cell & 15) * 32 + (cell >> 11))
+            cells[a] = cells[a] if cell & 15 else None
             x[2 * a] = F((cell >> 4) - 2048) / F(256)
-            x[2 * a + 1] = logit(self.maps[said[a]]) if cell & 15 else 0
+            x[2 * a + 1] = logit(maps[cells[a]]) if cell & 15 else 0
         for c, entries in enumerate(found):
             sides, newest = [0, 0], None
             for leaf, count in entries:
@@ -333,18 +346,18 @@ class Slow:
                     side = leaf >> (levels - level - 1) & 1
                     newest = side if newest is None else newest
                     sides[side] += count
-            said.append(None)
+            cells.append(None)
             if newest is not None:
-                pair = t.EVIDENCE_BUCKET[sides[0]] * 10 + t.EVIDENCE_BUCKET[sides[1]]
-                said[-1] = candidates + ((c * levels + level) * 100 + pair) * 2 + newest
-                x[2 * t.SLOTS + c] = logit(self.maps[said[-1]])
-        said.append(None)
-        if foretold is not None and (foretold | self.leaves) >> (levels - level) == node:
-            side = foretold >> (levels - level - 1) & 1
-            said[-1] = matches + (level * 64 + min(self.length, 63)) * 2 + side
-            x[2 * t.SLOTS + t.CANDIDATES] = logit(self.maps[said[-1]])
+                pair = EVIDENCE[sides[0]] * 10 + EVIDENCE[sides[1]]
+                cells[-1] = candidates + (c * 100 + pair) * 2 + newest
+                x[2 * t.SLOTS + c] = logit(maps[cells[-1]])
+        cells.append(None)
+        if expected is not None and (expected | self.leaves) >> (levels - level) == node:
+            side = expected >> (levels - level - 1) & 1
+            cells[-1] = matches + min(self.length, 63) * 2 + side
+            x[2 * t.SLOTS + t.CANDIDATES] = logit(maps[cells[-1]])
         x[2 * t.SLOTS + t.CANDIDATES + 2] = 0.3
-        return x, said
+        return x, cells
 
     def sets(self, node, level, old):
         """A row of weights of each set."""
@@ -360,27 +373,25 @@ class Slow:
             rows[k], first = rows[k] + first, first + size
         return rows
 
-    def refine(self, head, node, mixed):
+    def refine(self, judge, node, mixed):
         """(probability in 65,536ths, the maps' rows and the column to learn from)."""
         place = min(max((mixed + F(8)) * F(2), F(0)), F(31.99))
-        at, high, lines = int(place), place - F(int(place)), np.zeros(2, np.int64)
-        flat = self.apm[head].reshape(-1)
-        t.apm_rows(flat, node, self.back(1), self.leaves, lines)  # any hash is good
-        lines //= 33
-        assert lines[0] == node and lines[1] >= self.leaves
+        at, high = int(place), place - F(int(place))
+        rows = apm_rows(self.levels, self.apm, self.back(1), node)  # any hash is good
+        assert rows[0] == node and rows[1] >= self.leaves
         total = F(0)
-        for r in lines:
-            a = F(self.apm[head, r, at] >> 10) * (F(1) - high)
-            total = total + (a + F(self.apm[head, r, at + 1] >> 10) * high)
+        for r in rows:
+            a = F(self.apm[judge, r, at] >> 10) * (F(1) - high)
+            total = total + (a + F(self.apm[judge, r, at + 1] >> 10) * high)
         p = F(chance(mixed)) * F(0.5) + total * F(0.25 / 64)
-        return min(max(int(p), 1), 65535), lines, at + (high >= F(0.5))
+        return min(max(int(p), 1), 65535), rows, at + (high >= F(0.5))
 
     def code(self, token, row=None):
         """(nats by the contexts, nats with the net) of the next token, which is then learned."""
         levels, target, nats = self.levels, self.leaf[token], [0.0, 0.0]
         slot_keys = [self.key(c) for c in t.SLOT_CONTEXTS]
         found = [self.candidates.get(self.key(c), []) for c in t.CANDIDATE_CONTEXTS]
-        foretold = self.leaf[self.history[self.match]] if self.length else None
+        expected = self.leaf[self.history[self.match]] if self.length else None
         node = 1
         for level in range(levels):
             low, high = self.below(2 * node + 1, level + 1)
@@ -391,26 +402,26 @@ class Slow:
             top = node >> level % 3  # of the decisions that share a slot
             places = [(*key, top, node) for key in slot_keys]
             old = [self.slots.get(place, 2048 << 4) for place in places]
-            x, said = self.experts(node, level, old, found, foretold)
+            x, cells = self.experts(node, level, old, found, expected)
             sets = self.sets(node, level, old)
-            for head in range(1 + self.with_net):
-                if head:
+            for judge in range(1 + self.with_net):
+                if judge:
                     share = self.mass(row, 2 * node + 1, level + 1) << 12
                     share //= self.mass(row, node, level)
-                    x[2 * t.SLOTS + t.CANDIDATES + 1] = t.STRETCH[min(share, 4095)]
-                mixed = product(self.weights[head][sets], x)
-                p, lines, column = self.refine(head, node, mixed)
-                nats[head] -= math.log((p if bit else 65536 - p) / 65536)
+                    x[2 * t.SLOTS + t.CANDIDATES + 1] = STRETCH[min(share, 4095)]
+                mixed = product(self.weights[judge][sets], x)
+                p, rows, column = self.refine(judge, node, mixed)
+                nats[judge] -= math.log((p if bit else 65536 - p) / 65536)
                 error = F(bit * 65536 - chance(mixed)) * F(1 / 65536)
                 for s in sets:
-                    rate = F(0.005) / (F(1) + self.visits[head, s] * F(0.003))
-                    self.visits[head, s] += 1
-                    self.weights[head, s] += error * max(F(0.0002), rate) * x
-                for r in lines:
-                    self.apm[head, r, column] = moved(self.apm[head, r, column], bit, 250)
-            for place in said:
-                if place is not None:
-                    self.maps[place] = moved(self.maps[place], bit, 1023)
+                    rate = F(0.005) / (F(1) + self.visits[judge, s] * F(0.003))
+                    self.visits[judge, s] += 1
+                    self.weights[judge, s] += error * max(F(0.0002), rate) * x
+                for r in rows:
+                    self.apm[judge, r, column] = moved(self.apm[judge, r, column], bit, 250)
+            for cell in cells:
+                if cell is not None:
+                    self.maps[level, cell] = moved(self.maps[level, cell], bit, 1023)
             dice = (len(self.history) * 16 + level) * 0x9E3779B1 >> 12 & 0xFFFF
             for a, place in enumerate(places):
                 self.slots[place] = moved_slot(old[a], bit, dice)
@@ -476,15 +487,15 @@ def test_the_slow_version_agrees(vocab, size, joins):
 
 def test_experts_have_keys_of_their_own():
     """Also where the token before is one of the first ids."""
-    now = np.array([9, 0, 0, 0, 0])
+    m = mixer()
+    m.state.marks["tokens"], m.state.history[:9] = 9, 7
     for contexts in (t.SLOT_CONTEXTS, t.CANDIDATE_CONTEXTS):
         table, keys = t.context_rows(contexts, ((0, 4), (0, 4))), {}
         made = np.zeros(len(contexts), np.uint64)
         for last in range(50):
             for word in (0, 1, 5, 1 << 40):
-                history, words = np.full(9, 7, np.int32), np.array([word, 3], np.uint64)
-                history[8] = last
-                t.context_keys(table, history, now, words, BOS, made)
+                m.state.history[8], m.state.words[:] = last, (word, 3)
+                t.context_keys.part(m.fixed, m.state, table, made)
                 for a, key in enumerate(made.tolist()):
                     assert keys.setdefault(key, a) == a, f"{contexts[a]} after token {last}"
 
@@ -500,13 +511,13 @@ def test_words_have_hashes_of_their_own():
 
 
 def test_the_hashed_map_knows_the_token_before():
-    apm, at, lines = np.zeros((64 + (1 << 16)) * 33, np.uint32), np.zeros(2, np.int64), set()
+    apm, seen = np.zeros((2, 64 + (1 << 16), 33), np.uint32), set()
     for before in range(50):
         for node in range(1, 64):
-            t.apm_rows(apm, node, before, 64, at)
-            assert at[0] == node * 33 and 64 * 33 <= at[1] < len(apm)
-            lines.add(int(at[1]) // 33)
-    assert len(lines) > 0.9 * 50 * 63
+            by_node, hashed = apm_rows(6, apm, before, node)
+            assert by_node == node and 64 <= hashed < 64 + (1 << 16)
+            seen.add(hashed)
+    assert len(seen) > 0.9 * 50 * 63
 
 
 # --------------------------------------------------------------------------------------------------
@@ -543,60 +554,49 @@ def test_alike_tokens_are_adjacent():
 # Packing
 
 
-@pytest.mark.parametrize("first", [BOS, 5])
-@pytest.mark.parametrize("budget", [1, 100, 1500, 10**9])
-def test_documents_are_ranked_once(budget, first):
-    text = some_text(3000)
-    text[0] = first
-    spans = list(t.rank_documents(text.astype(np.int32), 50, BOS, budget))
-    assert len(set(spans)) == len(spans)
-    sizes = [end - start for start, end in spans]
-    for start, end in spans:
-        assert start == 0 or text[start] == BOS
-        assert end == len(text) or text[end] == BOS
-        assert (text[start + 1 : end] != BOS).all()
-    assert sum(sizes[:-1]) < budget
-    assert sum(sizes) >= min(budget, len(text))
-    if budget > len(text):
-        assert sum(sizes) == len(text)
+def new_packer(text, budget, vocab=50, **env):
+    """A packer of text in two shards, the first longer than a call of the kernel takes."""
+    cut = len(text) * 9 // 10
+    data = SimpleNamespace(shards=[text[:cut], text[cut:]], paths=["first.bin", "second.bin"])
+    cfg = tiny_knobs(MIXER_MEMORY_MB=1, **env)
+    return t.Packer(data, facts(vocab), cfg, budget, t.Workers(1))
 
 
-@pytest.mark.parametrize(
-    "vocab, budget", [(50, 0), (50, 1001), (50, 1200), (50, 5000), (600, 3000)]
-)
-def test_packed_text_fits_and_is_text(vocab, budget):
-    text = some_text(20_000, vocab).astype(np.uint16)
-    if vocab == 600:  # the worst: nothing can be foreseen
-        text = np.random.default_rng(0).integers(3, vocab, 20_000).astype(np.uint16)
-        text[::100] = BOS
-    cfg = tiny_knobs(MIXER_MEMORY_MB=1, COMPLEMENT_BY="contexts", MAX_WALLCLOCK_SECONDS=0)
-    workers, data = (
-        t.Workers(1),
-        SimpleNamespace(shards=[text[:9000], text[9000:]], foreseen=np.zeros(0)),
-    )
-    packer = t.Packer(data, facts(vocab), cfg, budget, workers)
+def unpredictable(size, vocab):
+    """The worst text: nothing of it can be predicted. (size,) uint16."""
+    return np.random.default_rng(0).integers(0, vocab, size).astype(np.uint16)
+
+
+@pytest.mark.parametrize("budget", [0, 7, 1001, 5000])
+@pytest.mark.parametrize("vocab", [50, 600])
+def test_packed_text_fits_and_is_the_texts_beginning(vocab, budget):
+    text = some_text(40_000).astype(np.uint16) if vocab == 50 else unpredictable(40_000, vocab)
+    packer = new_packer(text, budget, vocab)
     packer.start(0.0)
-    assert not packer.thread.is_alive()  # no clock: all is foreseen before the first step
+    assert not packer.thread.is_alive()  # no clock: all is packed before the first step
     packed = packer.finish()
-    assert workers.reserved == 0
-    assert len(packed.code) <= max(budget, 4)
-    known = data.foreseen[data.foreseen > 0].astype(np.float64)
-    assert len(known) == packed.token_count
-    if packed.token_count:
-        assert abs(-np.log2(known).sum() / 8 - len(packed.code)) < 0.001 * packed.token_count + 8
-    if budget == 5000:
-        assert len(packed.code) > 2000
-    m = t.LogisticMixer(facts(vocab), packed.leaf, packed.token_count + 1, 1)
-    t.unpack(m, packed, "")
-    assert m.state.now[0] == packed.token_count
-    read = m.state.history[: packed.token_count].astype(np.uint16).tobytes()
-    whole = text.tobytes()
-    for document in read.split(np.uint16(BOS).tobytes())[1:3] if vocab == 50 else []:
-        assert np.uint16(BOS).tobytes() + document in whole
-    if packed.token_count:
-        for name in ("weights", "slots", "candidates", "history", "words"):
-            mine, its = getattr(m.state, name), getattr(packer.mixer.state, name)
-            assert mine.tobytes() == its[: len(mine)].tobytes(), name
+    assert packer.workers.reserved == 0
+    # An empty code still has the byte that lies in its interval.
+    assert max(budget - 30, 0) < len(packed.code) <= max(budget, 1)
+    assert 0 < packed.token_count < len(text) or budget < 8
+    beginning = text[: packed.token_count].astype("<i4").tobytes()
+    assert packed.sha256 == hashlib.sha256(beginning).hexdigest()
+    room = len(packer.mixer.state.history) - 1
+    decoded = t.LogisticMixer(facts(vocab), packed.leaf, room, 1)
+    t.unpack(decoded, packed, "")
+    assert decoded.learned == packed.token_count
+    assert_same_state(decoded, packer.mixer)
+
+
+def test_all_of_a_text_is_packed_where_it_fits():
+    text = some_text(40_000).astype(np.uint16)
+    packer = new_packer(text, 10**6)
+    packer.start(0.0)
+    packed = packer.finish()
+    assert packed.token_count == len(text) > 2 * t.PACK_CHUNK and len(packed.code) < 10**5
+    assert packed.sha256 == hashlib.sha256(text.astype("<i4").tobytes()).hexdigest()
+    # What scores next, a message, still has room.
+    packer.mixer.code(some_text(t.MESSAGE_TOKENS + 1))
 
 
 def test_text_that_is_not_what_was_packed_is_caught():
@@ -612,83 +612,49 @@ def test_text_that_is_not_what_was_packed_is_caught():
         t.unpack(other, packed, "")
 
 
-def common_and_odd(documents=40, size=60):
-    """Documents of 30 common tokens; every fourth is of rare ones. (text, is it odd?)."""
-    draw, text, odd = numbers(4), [], []
-    for i in range(documents):
-        odd += [i % 4 == 3] * size
-        low, span = (35, 15) if i % 4 == 3 else (4, 30)
-        text += [BOS, *(low + next(draw) % span for _ in range(size - 1))]
-    return np.array(text, np.uint16), np.array(odd)
-
-
-def test_the_first_documents_together_are_like_the_rest():
-    """Their pairs of tokens are closer to the text's than a random choice's."""
-    text, _ = common_and_odd(documents=80)
-    spans = [(a, a + 60) for a in range(0, len(text), 60)]
-    chosen = list(t.rank_documents(text.astype(np.int32), 50, BOS, 600))
-
-    def pairs(chosen):
-        where = np.concatenate([np.arange(a + 1, b) for a, b in chosen])
-        counts = np.bincount(text[where - 1].astype(int) * 50 + text[where], minlength=2500)
-        return (counts + 0.01) / (counts + 0.01).sum()
-
-    whole, rng = pairs(spans), np.random.default_rng(0)
-
-    def distance(chosen):
-        return (whole * np.log(whole / pairs(chosen))).sum()
-
-    random = [distance([spans[i] for i in rng.permutation(80)[:10]]) for _ in range(20)]
-    assert len(chosen) == 10 and distance(chosen) < min(random)
-
-
-def packed_text(text, budget, **env):
-    """The packer's mixer's history after packing."""
-    data, cfg = SimpleNamespace(shards=[text], foreseen=np.zeros(0)), tiny_knobs(**env)
-    packer = t.Packer(data, facts(50), cfg, budget, t.Workers(1))
-    packer.start(0.0)
-    packed = packer.finish()
-    return packer.mixer.state.history[: packed.token_count]
-
-
-@pytest.mark.parametrize("budget", [2500, 10**5])
-def test_the_best_documents_are_packed_last(budget):
-    """In the first batch, which is most of it, and is not cut where not everything fits."""
-    text, _ = common_and_odd(documents=120)
-    most = int(min(budget / 0.3, len(text)))
-    (a, b), (c, d), *_ = t.rank_documents(text.astype(np.int32), 50, BOS, most)
-    got = packed_text(text, budget)
-    assert np.concatenate([text[c:d], text[a:b]]).astype(np.int32).tobytes() in got.tobytes()
-    assert (len(got) < len(text)) == (budget == 2500)
-
-
 def test_packing_stops_with_the_clock(monkeypatch):
-    text, calls = some_text(200_000).astype(np.uint16), []
+    calls = []
 
     def time_left(self):
         calls.append(0)
-        return 100.0 if len(calls) < 8 else 0.0
+        return 100.0 if len(calls) < 3 else 0.0
 
     monkeypatch.setattr(t.Packer, "time_left", time_left)
-    got = packed_text(text, 10**6, MAX_WALLCLOCK_SECONDS=200)
-    assert 0 < len(got) <= 8 * t.PACK_CHUNK and len(got) % t.PACK_CHUNK == 0
-
-
-def test_the_budget_is_used():
-    text, budget = some_text(20_000).astype(np.uint16), 5000
-    data = SimpleNamespace(shards=[text], foreseen=np.zeros(0))
-    packer = t.Packer(data, facts(50), tiny_knobs(MIXER_MEMORY_MB=1), budget, t.Workers(1))
+    packer = new_packer(some_text(100_000).astype(np.uint16), 10**6, MAX_WALLCLOCK_SECONDS=200)
     packer.start(0.0)
-    assert len(packer.finish().code) > budget - 1100  # `pack` stops when 1000 are left
+    assert packer.finish().token_count == 2 * t.PACK_CHUNK
 
 
-def test_what_goes_wrong_in_the_thread_is_raised():
-    data = SimpleNamespace(shards=[None])
-    packer = t.Packer(data, facts(50), tiny_knobs(), 5000, t.Workers(1))
-    with pytest.raises(TypeError):
-        packer.start(0.0)  # no clock: before training
-    beside = tiny_knobs(MAX_WALLCLOCK_SECONDS=60)
-    packer = t.Packer(data, facts(50), beside, 5000, t.Workers(1))
+def test_the_clock_starts_where_training_has_got_to():
+    packer = new_packer(some_text(100_000).astype(np.uint16), 10**6, MAX_WALLCLOCK_SECONDS=200)
+    packer.start(150.0)
+    assert 0 < packer.time_left() <= 50
+    assert packer.finish().token_count == 100_000
+    late = new_packer(some_text(100_000).astype(np.uint16), 10**6, MAX_WALLCLOCK_SECONDS=200)
+    late.start(200.0)
+    assert late.finish().token_count == 0
+
+
+def test_a_worker_rests_while_text_is_packed(monkeypatch):
+    packer = new_packer(some_text(1000).astype(np.uint16), 10**6)
+    seen, pack = [], packer.pack
+    monkeypatch.setattr(packer, "pack", lambda: (seen.append(packer.workers.reserved), pack()))
     packer.start(0.0)
-    with pytest.raises(TypeError):
-        packer.finish()
+    assert seen == [1] and packer.workers.reserved == 0
+
+
+@pytest.mark.parametrize("clock", [0, 60])
+def test_what_goes_wrong_in_the_thread_is_raised(clock):
+    """Before training where no clock runs, else when the text is asked for."""
+    text = some_text(1000).astype(np.uint16)
+    text[-1] = 50  # beyond the vocabulary
+    packer = new_packer(text, 5000, MAX_WALLCLOCK_SECONDS=clock)
+    wrong = pytest.raises(t.UserError, match=r"second\.bin: token 50")
+    if clock:
+        packer.start(0.0)
+        with wrong:
+            packer.finish()
+    else:
+        with wrong:
+            packer.start(0.0)
+    assert packer.workers.reserved == 0

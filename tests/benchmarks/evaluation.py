@@ -13,7 +13,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -26,36 +26,37 @@ class Sides:
     """The passes to be timed, over one text and one net."""
 
     def __init__(self, cfg: t.Knobs, workers: t.Workers, count: int, runs: int) -> None:
-        folder, tokenizer, _ = t.locate_data(cfg)
-        self.tokens, self.cfg, self.workers = t.load_tokenizer(tokenizer), cfg, workers
-        self.text, _ = t.load_validation(t.find_shards(folder, "val"), self.tokens, count)
-        self.model = t.GPT(cfg, self.tokens.vocab, self.tokens.bos)
-        self.params = dict(t.tree_flatten(self.model.parameters()))
-        leaf = t.token_tree(self.text, self.tokens.vocab)
+        self.cfg, self.workers = cfg, workers
+        folder, tokenizer_path, _ = t.locate_data(cfg)
+        tokenizer = t.load_tokenizer(tokenizer_path)
+        self.text = t.load_validation(folder, tokenizer, count).tokens
+        self.model = t.GPT(cfg, tokenizer.vocab, tokenizer.bos)
+        t.mx.eval(self.model.parameters())  # here, as another thread takes the net's rows
+        leaf = t.token_tree(self.text, tokenizer.vocab)
         capacity = 2 * runs * len(self.text)
-        self.mixer = t.LogisticMixer(self.tokens, leaf, capacity, cfg.mixer_memory_mb)
-        self.rows = list(self.stream("sliding"))
+        self.mixer = t.LogisticMixer(tokenizer, leaf, capacity, cfg.mixer_memory_mb)
+        self.sliding_rows = list(self.rows("sliding"))
 
-    def stream(self, mode: str) -> Iterator[tuple[int, np.ndarray]]:
-        """The net's rows in a way of scoring."""
+    def rows(self, mode: str) -> t.Rows:
+        """The net's rows in an EVAL_MODE."""
         shape = (*t.eval_shape(self.cfg, mode), self.cfg.eval_batch_seqs)
-        return t.net_stream(self.model, self.params, self.text, shape, self.workers)
+        return t.net_rows(self.model, self.text, shape, self.workers)
 
-    def seconds(self, stream: Iterable[tuple[int, np.ndarray]], scorer: t.ContextModel) -> float:
-        """What scoring a stream takes."""
+    def seconds(self, rows: Iterable, context_model: t.ContextModel) -> float:
+        """What scoring the net's rows takes."""
         begin = time.perf_counter()
-        scorer.begin(int(self.text[0]))
-        for _ in t.costs(iter(stream), self.text, scorer):
+        context_model.begin(int(self.text[0]))
+        for _ in t.cost_tokens(iter(rows), self.text, context_model):
             pass
         return time.perf_counter() - begin
 
     def turn(self) -> dict[str, float]:
         """Each pass once, in seconds."""
         return {
-            "plain": self.seconds(self.stream("standard"), t.ContextModel()),
-            "sliding": self.seconds(self.stream("sliding"), t.ContextModel()),
-            "mixer": self.seconds(self.rows, self.mixer),
-            "together": self.seconds(t.ahead(self.stream("sliding")), self.mixer),
+            "plain": self.seconds(self.rows("standard"), t.ContextModel()),
+            "sliding": self.seconds(self.rows("sliding"), t.ContextModel()),
+            "mixer": self.seconds(self.sliding_rows, self.mixer),
+            "together": self.seconds(t.ahead(self.rows("sliding")), self.mixer),
         }
 
 

@@ -36,15 +36,16 @@ def measure(channel, preset: str, microbatch: int) -> None:
         path = random_shard(folder)
         data = t.TrainWindows([path], cfg.train_seq_len, cfg.seed, VOCAB)
         before = t.peak_memory()
-        trainer = t.Trainer(t.GPT(cfg, VOCAB, 1), cfg, data, None, t.make_workers(cfg), t.Ranks())
+        trainer = t.Trainer(t.GPT(cfg, VOCAB, 1), cfg, data, t.make_workers(cfg), t.Ranks())
         for _ in range(2):
-            trainer.advance()
+            trainer.take_step()
+    measured = t.peak_memory() - before
 
     def estimate(tokens: int) -> int:
         return t.estimate_memory(trainer.params, cfg, [tokens // cfg.train_seq_len], 0)["net"]
 
     channel.send({
-        "preset": preset, "microbatch": microbatch, "measured": t.peak_memory() - before,
+        "preset": preset, "microbatch": microbatch, "measured": measured,
         "estimated": estimate(microbatch), "at_8192": estimate(8192),
         "parameters": sum(p.size for p in trainer.params.values()),
     })  # fmt: skip
@@ -58,6 +59,7 @@ def main() -> None:
             here, there = context.Pipe()
             process = context.Process(target=measure, args=(there, preset, microbatch))
             process.start()
+            there.close()  # so that a process that fails ends this one too
             rows.append(here.recv())
             process.join()
             print("{preset:<9} {parameters:>11,} parameters, microbatch {microbatch:>5}: measured "

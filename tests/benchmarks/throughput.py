@@ -1,4 +1,4 @@
-"""The training step against an equivalent eager PyTorch model, and against MLX's own BLAS.
+"""The training step against the same model in PyTorch, eager and compiled, and MLX's own BLAS.
 
     pip install torch
     python tests/benchmarks/throughput.py [--seconds 5] [--pairs 5] [--device cpu|gpu]
@@ -57,7 +57,7 @@ class Ours:
         t.use_device(cfg)
         data = t.TrainWindows([shard], LENGTH, cfg.seed, VOCAB)
         self.t, self.workers = t, t.make_workers(cfg)
-        self.trainer = t.Trainer(t.GPT(cfg, VOCAB, 1), cfg, data, None, self.workers, t.Ranks())
+        self.trainer = t.Trainer(t.GPT(cfg, VOCAB, 1), cfg, data, self.workers, t.Ranks())
         self.start = {n: np.array(p) for n, p in self.trainer.params.items()}
         self.name = f"MLX {t.mx.__version__}, {self.workers.count} worker(s), BLAS {t.BLAS_NAME}"
 
@@ -71,7 +71,7 @@ class Ours:
 
     def step(self) -> float:
         """One step; returns its loss."""
-        return float(self.trainer.advance()["train_loss"])
+        return float(self.trainer.take_step()["train_loss"])
 
     def peak_gflops(self) -> float:
         """GFLOP/s of large matrix products, one a worker."""
@@ -83,7 +83,8 @@ class Ours:
         tokens = trainer.data.step(0, BATCH)
         weights = np.ones((BATCH, LENGTH), np.float32)
         batches = [tuple(mx.array(a[s]) for a in (tokens[:, :-1], tokens[:, 1:], weights))
-                   for s in trainer.rounds[0]]  # fmt: skip
+                   for s in trainer.microbatches[: self.workers.count]]  # fmt: skip
+        hyper = dict.fromkeys(("lr", "momentum", "step", "clip", "average"), 0.5)
         trainer.model.update(self.t.tree_unflatten(list(trainer.params.items())))
         stages = {
             "blocks, forward": lambda: self.workers.map(
@@ -93,10 +94,10 @@ class Ours:
                 trainer.model.nll, [b[:2] for b in batches]
             ),
             "backward": lambda: self.workers.map(
-                trainer.gradients[False], [(trainer.params, (), b) for b in batches]
+                trainer.add_microbatch[False], [(trainer.params, (), b) for b in batches]
             ),
-            "data, sums of gradients": lambda: trainer.step_gradients(0, False),
-            "optimizers": lambda: trainer.compute(0, 1.0, 0),
+            "data, sums of gradients": lambda: trainer.gradients(False)[2],
+            "optimizers": lambda: trainer.updates(trainer.gradients(False)[2], hyper),
         }  # each does what the one before does, and more
         for _ in range(8):
             for name, stage in stages.items():
@@ -110,9 +111,9 @@ class Ours:
 
 
 class Torch:
-    """The same model in eager PyTorch with the kernels that it has for the job."""
+    """The same model in PyTorch with the kernels that it has for the job, eager or compiled."""
 
-    def __init__(self, start: dict, batches: list, device: str) -> None:
+    def __init__(self, start: dict, batches: list, device: str, compiled: bool) -> None:
         import torch
 
         if device == "gpu":  # TF32, as MLX has it
@@ -139,7 +140,11 @@ class Torch:
             -torch.arange(0, 1, 2 / (DIM // HEADS))
         )  # fmt: skip
         self.cos, self.sin = angle.cos().to(self.device), angle.sin().to(self.device)
-        self.name = f"PyTorch {torch.__version__}, {torch.get_num_threads()} threads, {self.device}"
+        self.forward = torch.compile(self.loss) if compiled else self.loss
+        self.newton_schulz = torch.compile(self.orthogonal) if compiled else self.orthogonal
+        how = "torch.compile" if compiled else "eager"
+        threads = f"{torch.get_num_threads()} threads"
+        self.name = f"PyTorch {torch.__version__}, {how}, {threads}, {self.device}"
 
     def rope(self, x):
         """(B, H, T, d) -> the same, rotated by position."""
@@ -190,15 +195,20 @@ class Torch:
         for same, buffer in self.stacks:
             g = self.torch.stack([p.grad for p in same])
             buffer.mul_(0.95).add_(g)
-            g, (rows, columns) = g.add_(buffer, alpha=0.95), buffer.shape[1:]
-            x = g.mT if rows > columns else g
-            x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
-            for _ in range(5):
-                s = x @ x.mT
-                x = 3.4445 * x + self.torch.baddbmm(s, s, s, beta=-4.775, alpha=2.0315) @ x
-            x = x.mT if rows > columns else x
+            rows, columns = buffer.shape[1:]
+            x = self.newton_schulz(g.add_(buffer, alpha=0.95))
             lr = 0.02 * max(1, rows / columns) ** 0.5
             self.torch._foreach_add_(same, list(x), alpha=-lr)
+
+    def orthogonal(self, g):
+        """(n, rows, columns) -> the same with singular values near 1."""
+        tall = g.shape[1] > g.shape[2]
+        x = g.mT if tall else g
+        x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
+        for _ in range(5):
+            s = x @ x.mT
+            x = 3.4445 * x + self.torch.baddbmm(s, s, s, beta=-4.775, alpha=2.0315) @ x
+        return x.mT if tall else x
 
     def step(self) -> float:
         """One step; returns its loss."""
@@ -206,7 +216,7 @@ class Torch:
             self.device.type, self.torch.bfloat16, enabled=self.device.type != "cpu"
         )
         with half:
-            loss = self.loss(self.batches[self.steps % len(self.batches)])
+            loss = self.forward(self.batches[self.steps % len(self.batches)])
         loss.backward()
         with self.torch.no_grad():
             self.muon()
@@ -272,13 +282,18 @@ def main() -> None:
         ours = Side("ours", shard, args.device)
         one = Side("ours", shard, args.device, WORKERS="1") if args.device == "cpu" else None
         bare = Side("ours", shard, args.device, BLAS="none") if args.device == "cpu" else None
-        torch = Side("torch", ours("start"), ours("batches", CHECKED_STEPS), args.device)
-    losses = [[side("step") for _ in range(CHECKED_STEPS)] for side in (ours, torch)]
-    print("losses of the first steps, ours:", *(f"{x:.5f}" for x in losses[0]))
-    print("                       PyTorch:", *(f"{x:.5f}" for x in losses[1]))
-    if not np.allclose(*losses, rtol=2e-3 if args.device == "cpu" else 2e-2):
-        raise SystemExit("the two do not do the same work")
-    turns = [(ours, args.seconds), (torch, args.seconds)]
+        start = ours("start"), ours("batches", CHECKED_STEPS), args.device
+        torch, compiled = (
+            Side("torch", *start, compiled=False),
+            Side("torch", *start, compiled=True),
+        )
+    sides = {"ours": ours, "PyTorch": torch, "PyTorch compiled": compiled}
+    losses = {name: [side("step") for _ in range(CHECKED_STEPS)] for name, side in sides.items()}
+    for name, values in losses.items():
+        print(f"losses of the first steps, {name:<16}", *(f"{x:.5f}" for x in values))
+        if not np.allclose(values, losses["ours"], rtol=2e-3 if args.device == "cpu" else 2e-2):
+            raise SystemExit("they do not do the same work")
+    turns = [(ours, args.seconds), (torch, args.seconds), (compiled, args.seconds)]
     turns += [(one, args.seconds), (bare, 0.0)] if one else []
     rates = []
     for pair in range(args.pairs + 1):  # the first warms up; the order alternates
@@ -290,19 +305,21 @@ def main() -> None:
     result = {
         "tok_s": show("tokens/s, ours", mine),
         "torch_tok_s": show("tokens/s, PyTorch", rates[:, 1]),
+        "torch_compile_tok_s": show("tokens/s, torch.compile", rates[:, 2]),
         "ratio_vs_torch": show("ours / PyTorch", mine / rates[:, 1]),
+        "ratio_vs_torch_compile": show("ours / torch.compile", mine / rates[:, 2]),
         "gflops": show("GFLOP/s, ours", gflops),
         "sgemm_share": show(f"share of {peak:.0f} GFLOP/s (sgemm)", gflops / peak),
     }
     if one:
-        result["ratio_vs_one_worker"] = show("ours / WORKERS=1", mine / rates[:, 2])
-        result["ratio_vs_mlx_blas"] = show("ours / BLAS=none", mine / rates[:, 3])
+        result["ratio_vs_one_worker"] = show("ours / WORKERS=1", mine / rates[:, 3])
+        result["ratio_vs_mlx_blas"] = show("ours / BLAS=none", mine / rates[:, 4])
     parts = ours("parts")
     for name, seconds in parts.items():
         print(f"{name:<34} {1000 * seconds:8.1f} ms  {seconds / parts['whole']:6.1%}")
     print(f"{'its products at that sgemm rate':<34} "
           f"{1000 * STEP_TOKENS * TOKEN_FLOPS / peak / 1e9:8.1f} ms")  # fmt: skip
-    for side in filter(None, (ours, one, bare, torch)):
+    for side in filter(None, (ours, one, bare, torch, compiled)):
         side.channel.send(None)
         side.process.join()
     print(json.dumps({"benchmark": "throughput", "device": args.device, "peak_gflops": peak,
