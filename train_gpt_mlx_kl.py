@@ -2682,8 +2682,8 @@ class BackoffMixer(ContextModel):
 # integers, or single float32 operations in a fixed order; logarithms of tables are `decimal`'s,
 # which rounds correctly everywhere. No compiler may fuse or reorder them: no `fastmath` here.
 #
-# The kernels share three bundles of arrays: `fixed`, which no text changes, `past`, which learns
-# from the text, and `now`, which is about one token and one decision.
+# The kernels share three bundles: `fixed`, which no text changes, `past`, which learns from the
+# text, and `now` (WORK), which is about one token and one decision.
 
 
 class Fixed(NamedTuple):
@@ -2717,29 +2717,7 @@ class Past(NamedTuple):
     apm: np.ndarray  # (2, 2^L + hashed, 33) uint32: cells by mixed logit; rows by node, by hash
     repeats: np.ndarray  # (2^n,) int32: the position after the last text of SHORTEST_MATCH tokens
     history: np.ndarray  # (capacity,) int32: the tokens so far
-    words: np.ndarray  # (2,) uint64: hashes of the current word and the one before
     marks: np.ndarray  # (1,) MARKS
-
-
-class Now(NamedTuple):
-    """What is known of one token and, below, of one of its decisions."""
-
-    slot_keys: np.ndarray  # (SLOTS,) uint64: hash of each expert's context
-    slot_hashes: np.ndarray  # (SLOTS,) uint64: hash of it and the node where the slot begins
-    slot: np.ndarray  # (SLOTS,) int64: row of `slots`
-    candidate_hashes: np.ndarray  # (CANDIDATES,) uint64
-    found: np.ndarray  # (CANDIDATES,) int64: row of `candidates`
-    mass: np.ndarray  # (2^(L+1),) int64: the net's probability below each node, in 2^-30
-    cost: np.ndarray  # (2,) float64: nats of the path so far, per judge
-    inputs: np.ndarray  # (2, WIDTH) float32 logits, per judge
-    map_at: np.ndarray  # (EXPERTS,) int64: the expert's cell in its level's maps, -1 if silent
-    set_rows: np.ndarray  # (SETS,) int64: the row of `weights` of each weight set
-    products: np.ndarray  # (WIDTH,) float32
-    mixed: np.ndarray  # (2,) float32: mixed logit per judge, within 11.9 of 0
-    apm_rows: np.ndarray  # (2,) int64: the rows of `apm` that refine it
-    apm_column: np.ndarray  # (2,) int64: the column that learns, per judge
-    p: np.ndarray  # (2,) int64: probability of a 1 in 65,536ths, per judge
-    here: np.ndarray  # (1,) DECISION
 
 
 MARKS = np.dtype([
@@ -2748,18 +2726,7 @@ MARKS = np.dtype([
     ("match_at", np.int64),  # position of the token that the match expects
     ("match_length", np.int64),  # tokens, 0 if there is no match
     ("joined", np.int64),  # 1 once the net takes part
-])  # fmt: skip
-DECISION = np.dtype([
-    ("last", np.int64),  # token t-1
-    ("second_last", np.int64),  # token t-2
-    ("age", np.int64),  # logarithm, to the base 4, of the document's length so far: 0 .. 7
-    ("expected", np.int64),  # node of the leaf that the match expects, or -1
-    ("judges", np.int64),  # 1, or 2 with the net
-    ("node", np.int64),
-    ("level", np.int64),  # of the node, 0 at the root
-    ("cell", np.int64),  # of the node in its slot, 1 .. 7
-    ("seen", np.int64),  # slot experts whose cell has a count
-    ("touched", np.int64),  # a sum that nobody reads
+    ("words", np.uint64, 2),  # hashes of the current word and the one before
 ])  # fmt: skip
 
 # --------------------------------------------------------------------------------------------------
@@ -2803,11 +2770,38 @@ CANDIDATE_INPUT, MATCH_INPUT, NET = itertools.accumulate(kind[1] for kind in KIN
 CANDIDATE_MAP, MATCH_MAP, MAP_CELLS = itertools.accumulate(kind[2] for kind in KINDS)
 BIAS = NET + 1
 WIDTH = -(-(BIAS + 1) // 8) * 8  # inputs, padded for vector instructions
+SETS = 6  # weight sets, see `choose_rows`
+WORK = np.dtype([  # `now`: first what is known of a token, then of one of its decisions
+    ("last", np.int64),  # token t-1
+    ("second_last", np.int64),  # token t-2
+    ("age", np.int64),  # logarithm, to the base 4, of the document's length so far: 0 .. 7
+    ("expected", np.int64),  # node of the leaf that the match expects, or -1
+    ("judges", np.int64),  # 1, or 2 with the net
+    ("cost", np.float64, 2),  # nats of the path so far, per judge
+    ("slot_keys", np.uint64, SLOTS),  # hash of each expert's context
+    ("slot_hashes", np.uint64, SLOTS),  # hash of that and of the node where the slot begins
+    ("slot", np.int64, SLOTS),  # row of `slots`
+    ("candidate_hashes", np.uint64, CANDIDATES),
+    ("found", np.int64, CANDIDATES),  # row of `candidates`
+    ("touched", np.int64),  # a sum that nobody reads
+    ("node", np.int64),
+    ("level", np.int64),  # of the node, 0 at the root
+    ("cell", np.int64),  # of the node in its slot, 1 .. 7
+    ("seen", np.int64),  # slot experts whose cell has a count
+    ("inputs", np.float32, (2, WIDTH)),  # logits, per judge
+    ("map_at", np.int64, EXPERTS),  # the expert's cell in the level's maps, -1 if it is silent
+    ("set_rows", np.int64, SETS),  # the row of `weights` of each weight set
+    ("products", np.float32, WIDTH),
+    ("mixed", np.float32, 2),  # mixed logit per judge, within 11.9 of 0
+    ("apm_rows", np.int64, 2),  # the rows of `apm` that refine it
+    ("apm_column", np.int64, 2),  # the column that learns, per judge
+    ("p", np.int64, 2),  # probability of a 1 in 65,536ths, per judge
+])  # fmt: skip
 
 # --------------------------------------------------------------------------------------------------
 # Tables and the cells of maps
 
-COUNTS = np.array([0, 1, 2, 3, 4, 5, 6, 7, 8, 10, 13, 17, 22, 30, 40, 60])  # of a slot's 4 bits
+COUNTS = np.array([0, 1, 2, 3, 4, 5, 6, 7, 8, 10, 13, 17, 22, 30, 40, 60])  # a slot's 16 counts
 MAP_LIMIT = 1023  # count up to which a map's cell slows down
 
 
@@ -2870,7 +2864,7 @@ def learn_cell(fixed, cells, at, bit, limit):
 @bare_kernel
 def learn_maps(fixed, past, now, bit):
     """Let the maps learn what followed when the experts said what they said."""
-    maps = past.maps[now.here[0].level]
+    maps = past.maps[now.level]
     for e in range(EXPERTS):
         if now.map_at[e] >= 0:
             learn_cell(fixed, maps, now.map_at[e], bit, MAP_LIMIT)
@@ -2925,32 +2919,15 @@ def halves(node: np.ndarray, x: np.ndarray, weight: np.ndarray) -> tuple[np.ndar
     return node[a], node[b]
 
 
-def sum_below(leaves: np.ndarray) -> np.ndarray:
-    """Numbers of the leaves (2^L,) -> their sums below every node, (2^(L+1),) int64."""
-    total = np.concatenate([np.zeros_like(leaves, np.int64), leaves])
-    for node in range(len(leaves) - 1, 0, -1):
-        total[node] = total[2 * node] + total[2 * node + 1]
-    return total
-
-
 @bare_kernel
-def net_masses(fixed, now, row):
+def net_masses(fixed, mass, row):
     """Sum the net's row (V,), in 2^-30, below every node of the tree."""
-    mass, leaves = now.mass, len(fixed.token)
+    leaves = len(fixed.token)
     mass[leaves:] = 0
     for v in range(len(row)):
         mass[leaves + fixed.leaf[v]] = np.int64(row[v]) + 1
     for node in range(leaves - 1, 0, -1):
         mass[node] = mass[2 * node] + mass[2 * node + 1]
-
-
-@bare_kernel
-def net_input(fixed, now):
-    """Write the inputs of judge 1: those of judge 0 and the net's logit of a 1."""
-    mass, node = now.mass, now.here[0].node
-    for j in range(len(now.products)):
-        now.inputs[1, j] = now.inputs[0, j]
-    now.inputs[1, NET] = fixed.stretch[(mass[2 * node + 1] << 12) // mass[node]]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -2984,20 +2961,21 @@ def context_keys(fixed, past, rows, keys):
             if row[0] >> back & 1:
                 h = mix_hash(h, recent_token(fixed, past, back + 1))
         for k in range(row[1]):
-            h = mix_hash(h, past.words[k])
+            h = mix_hash(h, past.marks[0].words[k])
         keys[a] = mix_hash(h, past.marks[0].document) if row[2] else h
 
 
 @bare_kernel
-def touch_rows(table, rows, hashes, at):
-    """Write the first place (n,) of each hash (n,) in its region of the table.
+def touch_rows(table, rows, keys, node, hashes, at):
+    """Write the hash (n,) of each key (n,) and a node, and its first place (n,) in the table.
 
     It loads them all, in flight at once, which hides memory's latency; the sum that it returns
     keeps the compiler from leaving the loads out.
     """
     total = np.int64(0)
     for a in range(len(rows)):
-        place = rows[a, 3] + ((np.int64(hashes[a] & np.uint64(0xFFFFFFFF)) * rows[a, 4]) >> 32)
+        h = hashes[a] = mix_hash(keys[a], node)
+        place = rows[a, 3] + ((np.int64(h & np.uint64(0xFFFFFFFF)) * rows[a, 4]) >> 32)
         at[a] = place & ~(WAYS - 1)
         total += np.int64(table[at[a], 0])
     return total
@@ -3027,7 +3005,8 @@ def find_rows(table, hashes, at, used, blank):
 @bare_kernel
 def learn_text(fixed, past, token):
     """Append a token to the history, the document and the word."""
-    marks, words = past.marks[0], past.words
+    marks = past.marks[0]
+    words = marks.words
     past.history[marks.tokens] = token
     if token == fixed.bos:
         marks.document, words[0], words[1] = marks.tokens, 1 << 50, 1 << 50
@@ -3052,49 +3031,32 @@ def slot_meanings() -> np.ndarray:
 
 
 @bare_kernel
-def touch_slots(fixed, past, now):
-    """Begin to find each expert's slot for the node and the levels below it: see `touch_rows`."""
-    here = now.here[0]
-    for a in range(SLOTS):
-        now.slot_hashes[a] = mix_hash(now.slot_keys[a], here.node)
-    here.touched += touch_rows(past.slots, fixed.slot_rows, now.slot_hashes, now.slot)
-
-
-@bare_kernel
-def find_slots(past, now):
-    """Find each expert's slot; the node's cell in it is the first."""
-    find_rows(past.slots, now.slot_hashes, now.slot, 15, UNSEEN)
-    now.here[0].cell = 1
-
-
-@bare_kernel
 def slot_inputs(fixed, past, now):
     """Write two inputs per expert: the cell's logit, and that of the map for such a cell."""
-    here, x = now.here[0], now.inputs[0]
-    here.seen = 0
+    x = now.inputs[0]
+    now.seen = 0
     for a in range(SLOTS):
-        cell = np.int64(past.slots[now.slot[a], here.cell])
+        cell = np.int64(past.slots[now.slot[a], now.cell])
         x[2 * a] = np.float32((cell >> 4) - 2048) * np.float32(1 / 256)
         x[2 * a + 1], now.map_at[a] = np.float32(0), -1
         if cell & 15:
             now.map_at[a] = a * 512 + (cell & 15) * 32 + (cell >> 11)
-            x[2 * a + 1] = map_logit(fixed, past.maps[here.level, now.map_at[a]])
-            here.seen += 1
+            x[2 * a + 1] = map_logit(fixed, past.maps[now.level, now.map_at[a]])
+            now.seen += 1
 
 
 @bare_kernel
 def learn_slots(fixed, past, now, bit):
-    """Move each expert's cell towards the bit; a count goes on by chance, so that 4 bits do."""
-    here = now.here[0]
-    dice = ((past.marks[0].tokens * 16 + here.level) * 0x9E3779B1 >> 12) & 0xFFFF
+    """Move each expert's cell towards the bit; its count goes on by chance: see COUNTS."""
+    dice = ((past.marks[0].tokens * 16 + now.level) * 0x9E3779B1 >> 12) & 0xFFFF
     for a in range(SLOTS):
-        cell = np.int64(past.slots[now.slot[a], here.cell])
+        cell = np.int64(past.slots[now.slot[a], now.cell])
         count = cell & 15
         if bit:
             after = np.int64(fixed.after_one[cell])
         else:  # as after a 1 from the opposite logit; logit 0 of 4096, which has none, never occurs
             after = 65536 - np.int64(fixed.after_one[65536 - cell + 2 * count])
-        past.slots[now.slot[a], here.cell] = after | (count + (dice < fixed.advance[count]))
+        past.slots[now.slot[a], now.cell] = after | (count + (dice < fixed.advance[count]))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -3109,26 +3071,9 @@ def candidate_meanings() -> np.ndarray:
 
 
 @bare_kernel
-def touch_candidates(fixed, past, now):
-    """Begin to find each expert's row for a token: see `touch_rows`."""
-    context_keys(fixed, past, fixed.candidate_rows, now.candidate_hashes)
-    for c in range(CANDIDATES):
-        now.candidate_hashes[c] = mix_hash(now.candidate_hashes[c], 0)
-    now.here[0].touched += touch_rows(
-        past.candidates, fixed.candidate_rows, now.candidate_hashes, now.found
-    )
-
-
-@bare_kernel
-def find_candidates(past, now):
-    """Find each expert's row."""
-    find_rows(past.candidates, now.candidate_hashes, now.found, 0xFFFF, 0)
-
-
-@bare_kernel
 def candidate_inputs(fixed, past, now):
     """Write one input per expert, from the counts of the candidates below each side of the node."""
-    here, x, levels = now.here[0], now.inputs[0], fixed.levels
+    x, levels = now.inputs[0], fixed.levels
     for c in range(CANDIDATES):
         n0, n1, newest = 0, 0, -1
         for m in range(1, 8):
@@ -3136,8 +3081,8 @@ def candidate_inputs(fixed, past, now):
             if entry == 0:
                 break
             leaf = np.int64(entry >> np.uint32(16)) | 1 << levels
-            if leaf >> (levels - here.level) == here.node:
-                bit = leaf >> (levels - here.level - 1) & 1
+            if leaf >> (levels - now.level) == now.node:
+                bit = leaf >> (levels - now.level - 1) & 1
                 newest = bit if newest < 0 else newest
                 n0 += np.int64(entry & np.uint32(0xFFFF)) * (1 - bit)
                 n1 += np.int64(entry & np.uint32(0xFFFF)) * bit
@@ -3146,7 +3091,7 @@ def candidate_inputs(fixed, past, now):
         if newest >= 0:
             pair = fixed.evidence[n0] * 10 + fixed.evidence[n1]
             now.map_at[e] = CANDIDATE_MAP + (c * 100 + pair) * 2 + newest
-            x[j] = map_logit(fixed, past.maps[here.level, now.map_at[e]])
+            x[j] = map_logit(fixed, past.maps[now.level, now.map_at[e]])
 
 
 @bare_kernel
@@ -3179,23 +3124,14 @@ def match_meanings() -> np.ndarray:
 
 
 @bare_kernel
-def expect_token(fixed, past, now):
-    """Note the leaf that follows the match."""
-    marks, here = past.marks[0], now.here[0]
-    here.expected = -1
-    if marks.match_length:
-        here.expected = fixed.leaf[past.history[marks.match_at]] | len(fixed.token)
-
-
-@bare_kernel
 def match_input(fixed, past, now):
     """Write one input, if the leaf that the match expects is below the node."""
-    here, x = now.here[0], now.inputs[0]
+    x = now.inputs[0]
     x[MATCH_INPUT], now.map_at[MATCH] = np.float32(0), -1
-    if here.expected >> (fixed.levels - here.level) == here.node:
-        bit = here.expected >> (fixed.levels - here.level - 1) & 1
+    if now.expected >> (fixed.levels - now.level) == now.node:
+        bit = now.expected >> (fixed.levels - now.level - 1) & 1
         now.map_at[MATCH] = MATCH_MAP + min(past.marks[0].match_length, 63) * 2 + bit
-        x[MATCH_INPUT] = map_logit(fixed, past.maps[here.level, now.map_at[MATCH]])
+        x[MATCH_INPUT] = map_logit(fixed, past.maps[now.level, now.map_at[MATCH]])
 
 
 @bare_kernel
@@ -3228,7 +3164,6 @@ def learn_match(past, token):
 # Weight sets and the mix
 
 CHOOSERS = tuple(a for a, context in enumerate(SLOT_CONTEXTS) if context.chooses)
-SETS = 6
 FIRST_RATE, LAST_RATE, FADE = np.float32(0.005), np.float32(0.0002), np.float32(0.003)
 NET_WEIGHT, OTHERS = np.float32(0.3), np.float32(0.75)  # when the net joins: its weight, theirs
 
@@ -3242,14 +3177,14 @@ def set_sizes(levels: int) -> list[int]:
 @bare_kernel
 def choose_rows(fixed, past, now):
     """Choose a row of each weight set for a decision."""
-    here, rows, counts = now.here[0], now.set_rows, 0
+    rows, counts = now.set_rows, 0
     for a in CHOOSERS:
-        counts = counts * 8 + (np.int64(past.slots[now.slot[a], here.cell]) & 15) // 2
-    rows[0] = here.node
-    rows[1] = here.second_last
-    rows[2] = here.last * 8 + min(here.level, 7)
-    rows[3] = here.age * len(fixed.token) + here.node
-    rows[4] = here.level * (SLOTS + 1) + here.seen
+        counts = counts * 8 + (np.int64(past.slots[now.slot[a], now.cell]) & 15) // 2
+    rows[0] = now.node
+    rows[1] = now.second_last
+    rows[2] = now.last * 8 + min(now.level, 7)
+    rows[3] = now.age * len(fixed.token) + now.node
+    rows[4] = now.level * (SLOTS + 1) + now.seen
     rows[5] = counts
     for k in range(SETS):
         rows[k] += fixed.first_row[k]
@@ -3313,9 +3248,9 @@ def apm_meanings() -> np.ndarray:
 @bare_kernel
 def choose_apm_rows(fixed, past, now):
     """Choose the maps' rows for a decision: the node's, and its hash with token t-1."""
-    here, leaves = now.here[0], len(fixed.token)
-    h = mix_hash(np.uint64(here.last) << np.uint64(20), here.node) >> np.uint64(40)
-    now.apm_rows[0] = here.node
+    leaves = len(fixed.token)
+    h = mix_hash(np.uint64(now.last) << np.uint64(20), now.node) >> np.uint64(40)
+    now.apm_rows[0] = now.node
     now.apm_rows[1] = leaves + np.int64(h) % (past.apm.shape[1] - leaves)
 
 
@@ -3410,30 +3345,36 @@ class Coder:
 
 @bare_kernel
 def begin_token(fixed, past, now):
-    """Look at what is known before the token's first decision."""
-    here, marks = now.here[0], past.marks[0]
-    here.last, here.second_last = recent_token(fixed, past, 1), recent_token(fixed, past, 2)
-    here.age, length = 0, marks.tokens - marks.document
-    while length >> 2 * here.age > 3 and here.age < 7:
-        here.age += 1
-    touch_candidates(fixed, past, now)
+    """Note what is known before the token's first decision."""
+    marks = past.marks[0]
     context_keys(fixed, past, fixed.slot_rows, now.slot_keys)
-    expect_token(fixed, past, now)
-    here.node = 1
+    context_keys(fixed, past, fixed.candidate_rows, now.candidate_hashes)
+    now.touched += touch_rows(past.candidates, fixed.candidate_rows, now.candidate_hashes, 0,
+                              now.candidate_hashes, now.found)  # fmt: skip
+    now.last, now.second_last = recent_token(fixed, past, 1), recent_token(fixed, past, 2)
+    now.age, length = 0, marks.tokens - marks.document
+    while length >> 2 * now.age > 3 and now.age < 7:
+        now.age += 1
+    now.expected = -1
+    if marks.match_length:
+        now.expected = fixed.leaf[past.history[marks.match_at]] | len(fixed.token)
+    now.node = 1
     now.cost[:] = 0
 
 
 @bare_kernel
-def predict_bit(fixed, past, now):
+def predict_bit(fixed, past, now, mass):
     """Let the experts speak, then each judge: write p."""
     slot_inputs(fixed, past, now)
     candidate_inputs(fixed, past, now)
     match_input(fixed, past, now)
     choose_rows(fixed, past, now)
     choose_apm_rows(fixed, past, now)
-    if now.here[0].judges == 2:
-        net_input(fixed, now)
-    for judge in range(now.here[0].judges):
+    if now.judges == 2:
+        for j in range(NET):
+            now.inputs[1, j] = now.inputs[0, j]
+        now.inputs[1, NET] = fixed.stretch[(mass[2 * now.node + 1] << 12) // mass[now.node]]
+    for judge in range(now.judges):
         now.mixed[judge] = mixed_logit(past, now, judge)
         now.p[judge] = refined(fixed, past, now, judge)
 
@@ -3441,7 +3382,7 @@ def predict_bit(fixed, past, now):
 @bare_kernel
 def learn_bit(fixed, past, now, bit):
     """Charge the bit, which is coded by now, and learn from it."""
-    for judge in range(now.here[0].judges):
+    for judge in range(now.judges):
         now.cost[judge] -= math.log((now.p[judge] if bit else 65536 - now.p[judge]) / 65536)
         learn_weights(fixed, past, now, judge, bit)
         learn_apm(fixed, past, now, judge, bit)
@@ -3450,41 +3391,42 @@ def learn_bit(fixed, past, now, bit):
 
 
 @bare_kernel
-def code_path(fixed, past, now, coder, leaf):
+def code_path(fixed, past, now, mass, coder, leaf):
     """Score or encode the path to a leaf, or decode one; returns the leaf."""
-    here = now.here[0]
     for level in range(fixed.levels):
-        here.level = level
+        now.level = level
         if level % SLOT_LEVELS == 0:
-            touch_slots(fixed, past, now)
+            now.touched += touch_rows(past.slots, fixed.slot_rows, now.slot_keys, now.node,
+                                      now.slot_hashes, now.slot)  # fmt: skip
             if level == 0:
-                find_candidates(past, now)
-            find_slots(past, now)
+                find_rows(past.candidates, now.candidate_hashes, now.found, 0xFFFF, 0)
+            find_rows(past.slots, now.slot_hashes, now.slot, 15, UNSEEN)
+            now.cell = 1
         bit = 0
-        if fixed.inside[2 * here.node + 1]:  # else no token is there: nothing to decide
-            predict_bit(fixed, past, now)
+        if fixed.inside[2 * now.node + 1]:  # else no token is there: nothing to decide
+            predict_bit(fixed, past, now, mass)
             bit = leaf >> (fixed.levels - level - 1) & 1
-            bit = code_bit(coder, now.p[here.judges - 1], bit)
+            bit = code_bit(coder, now.p[now.judges - 1], bit)
             learn_bit(fixed, past, now, bit)
-        here.node, here.cell = 2 * here.node + bit, 2 * here.cell + bit
-    return here.node - len(fixed.token)
+        now.node, now.cell = 2 * now.node + bit, 2 * now.cell + bit
+    return now.node - len(fixed.token)
 
 
 @bare_kernel
 def code_tokens(mixer, coder, tokens, rows, nats):
     """Score, encode or decode tokens in order, learning from each after it is coded.
 
-    mixer: Fixed, Past, Now; coder: see `code_bit`; tokens (m,) int64, written when decoding; rows
-    (m, V) uint32: the net's probabilities in 2^-30, or (0, V) for none; nats (m, 2) float64,
-    written: cost by the contexts alone, and with the net.
+    mixer: Fixed, Past, (1,) WORK and the net's mass below each node; coder: see `code_bit`; tokens
+    (m,) int64, written when decoding; rows (m, V) uint32: the net's probabilities in 2^-30, or
+    (0, V) for none; nats (m, 2) float64, written: cost by the contexts alone, and with the net.
     """
-    fixed, past, now = Fixed(*mixer[0]), Past(*mixer[1]), Now(*mixer[2])
-    judges = now.here[0].judges = 2 if len(rows) else 1
+    fixed, past, now, mass = Fixed(*mixer[0]), Past(*mixer[1]), mixer[2][0], mixer[3]
+    judges = now.judges = 2 if len(rows) else 1
     for i in range(len(tokens)):
         begin_token(fixed, past, now)
         if judges == 2:
-            net_masses(fixed, now, rows[i])
-        leaf = code_path(fixed, past, now, coder, fixed.leaf[tokens[i]])
+            net_masses(fixed, mass, rows[i])
+        leaf = code_path(fixed, past, now, mass, coder, fixed.leaf[tokens[i]])
         token = tokens[i] = fixed.token[leaf]
         nats[i, 0], nats[i, 1] = now.cost[0], now.cost[judges - 1]
         learn_candidates(past, now, leaf)
@@ -3508,18 +3450,15 @@ def new_fixed(tokenizer: Tokenizer, leaf: np.ndarray, memory_mb: int) -> Fixed:
     slots, local, found = table_rows(memory_mb)
     token = np.full(1 << levels, -1, np.int64)
     token[leaf] = np.arange(tokenizer.vocab)
+    inside = np.concatenate([np.zeros(1 << levels, np.int64), token >= 0])
+    for node in range((1 << levels) - 1, 0, -1):
+        inside[node] = inside[2 * node] + inside[2 * node + 1]
     return Fixed(
-        **mixer_tables(),
-        leaf=leaf,
-        token=token,
-        inside=sum_below(token >= 0),
-        starts=tokenizer.leading,
+        **mixer_tables(), leaf=leaf, token=token, inside=inside, starts=tokenizer.leading,
         slot_rows=context_rows(SLOT_CONTEXTS, ((local, slots - local), (0, local))),
         candidate_rows=context_rows(CANDIDATE_CONTEXTS, ((0, found), (0, found))),
-        first_row=np.cumsum([0, *set_sizes(levels)[:-1]]),
-        levels=levels,
-        bos=max(tokenizer.bos, 0),
-    )
+        first_row=np.cumsum([0, *set_sizes(levels)[:-1]]), levels=levels, bos=max(tokenizer.bos, 0),
+    )  # fmt: skip
 
 
 def new_past(levels: int, capacity: int, memory_mb: int) -> Past:
@@ -3528,6 +3467,8 @@ def new_past(levels: int, capacity: int, memory_mb: int) -> Past:
     meanings = np.concatenate([slot_meanings(), candidate_meanings(), match_meanings()])
     hashed = min(1 << 14, memory_mb << 10)
     repeats = min(1 << 24, 1 << max(memory_mb << 13, 64).bit_length())
+    marks = np.zeros(1, MARKS)
+    marks["words"] = 1 << 50
     return Past(
         slots=huge_zeros(8 * slots, np.uint16).reshape(-1, 8),
         candidates=huge_zeros(8 * found, np.uint32).reshape(-1, 8),
@@ -3535,35 +3476,8 @@ def new_past(levels: int, capacity: int, memory_mb: int) -> Past:
         weights=np.full((2, sum(set_sizes(levels)), WIDTH), 0.15 / SETS, np.float32),
         visits=np.zeros((2, sum(set_sizes(levels))), np.float32),
         apm=np.tile(apm_meanings(), (2, (1 << levels) + hashed, 1)),
-        repeats=np.zeros(repeats, np.int32),
-        history=np.zeros(capacity, np.int32),
-        words=np.full(2, 1 << 50, np.uint64),
-        marks=np.zeros(1, MARKS),
-    )
-
-
-def new_now(levels: int) -> Now:
-    """Room for what is known of a token; the bias among the inputs is set."""
-    inputs = np.zeros((2, WIDTH), np.float32)
-    inputs[:, BIAS] = 0.3
-    return Now(
-        slot_keys=np.zeros(SLOTS, np.uint64),
-        slot_hashes=np.zeros(SLOTS, np.uint64),
-        slot=np.zeros(SLOTS, np.int64),
-        candidate_hashes=np.zeros(CANDIDATES, np.uint64),
-        found=np.zeros(CANDIDATES, np.int64),
-        mass=np.zeros(2 << levels, np.int64),
-        cost=np.zeros(2),
-        inputs=inputs,
-        map_at=np.zeros(EXPERTS, np.int64),
-        set_rows=np.zeros(SETS, np.int64),
-        products=np.zeros(WIDTH, np.float32),
-        mixed=np.zeros(2, np.float32),
-        apm_rows=np.zeros(2, np.int64),
-        apm_column=np.zeros(2, np.int64),
-        p=np.zeros(2, np.int64),
-        here=np.zeros(1, DECISION),
-    )
+        repeats=np.zeros(repeats, np.int32), history=np.zeros(capacity, np.int32), marks=marks,
+    )  # fmt: skip
 
 
 class LogisticMixer(ContextModel):
@@ -3579,7 +3493,8 @@ class LogisticMixer(ContextModel):
         if self.fixed.bos >= self.vocab:
             raise ValueError(f"BOS {self.fixed.bos} outside the vocabulary of {self.vocab}")
         self.state = new_past(self.fixed.levels, capacity + 1, memory_mb)
-        self.now = new_now(self.fixed.levels)
+        self.now, self.mass = np.zeros(1, WORK), np.zeros(2 << self.fixed.levels, np.int64)
+        self.now["inputs"][..., BIAS] = 0.3
 
     @property
     def learned(self) -> int:
@@ -3618,7 +3533,7 @@ class LogisticMixer(ContextModel):
             if not self.state.marks["joined"][0]:
                 join_net(self.state)
             rows = (np.exp(np.minimum(logs, 0)) * np.float32(1 << 30)).astype(np.uint32)
-        mixer = tuple(self.fixed), tuple(self.state), tuple(self.now)
+        mixer = tuple(self.fixed), tuple(self.state), self.now, self.mass
         coding = coder or Coder()
         state, buffer, mode = coding.room(len(tokens) * self.fixed.levels if coder else 0)
         ends = state, buffer, mode if coder else SCORE

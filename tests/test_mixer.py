@@ -2,6 +2,7 @@
 
 import dataclasses
 import decimal
+import functools
 import hashlib
 import math
 from fractions import Fraction
@@ -272,15 +273,18 @@ def product(rows, x):
     return min(max((sums[0] + sums[1]) + (sums[2] + sums[3]), F(-11.9)), F(11.9))
 
 
+@functools.cache
+def blank(vocab):
+    """A mixer that has seen nothing."""
+    return mixer(vocab, 1)
+
+
 def apm_rows(levels, apm, last, node):
     """The script's choice of the refining maps' rows."""
-    now = t.new_now(levels)
-    now.here["last"], now.here["node"] = last, node
-    t.choose_apm_rows.part(MIXERS[levels].fixed, MIXERS[levels].state._replace(apm=apm), now)
-    return now.apm_rows.tolist()
-
-
-MIXERS = {levels: mixer(1 << levels, 1) for levels in (4, 6)}
+    m = blank(1 << levels)
+    m.now["last"], m.now["node"] = last, node
+    t.choose_apm_rows.part(m.fixed, m.state._replace(apm=apm), m.now[0])
+    return m.now["apm_rows"][0].tolist()
 
 
 class Slow:
@@ -494,7 +498,7 @@ def test_experts_have_keys_of_their_own():
         made = np.zeros(len(contexts), np.uint64)
         for last in range(50):
             for word in (0, 1, 5, 1 << 40):
-                m.state.history[8], m.state.words[:] = last, (word, 3)
+                m.state.history[8], m.state.marks["words"] = last, (word, 3)
                 t.context_keys.part(m.fixed, m.state, table, made)
                 for a, key in enumerate(made.tolist()):
                     assert keys.setdefault(key, a) == a, f"{contexts[a]} after token {last}"
@@ -506,7 +510,7 @@ def test_words_have_hashes_of_their_own():
         if v != BOS:
             m = mixer()
             m.code(np.array([BOS, v]))
-            words.add(int(m.state.words[0]))
+            words.add(int(m.state.marks["words"][0, 0]))
     assert len(words) == 49 and 0 not in words
 
 
