@@ -24,7 +24,7 @@ the order in which data flows:
     REPORT            a run's folder: train.log, metrics.jsonl, the lines that parsers look for
     CONTEXT FEATURES  the tokens before a position, cut at the document's start, and their hashes
     CPU KERNELS       attention and cross-entropy for a machine whose exp() is slow
-    MODEL             GPT with EngramLite / BigramHash / SkipGram added to its logits
+    MODEL             GPT; EngramLite, or LogitHash (BigramHash, SkipGram), added to its logits
     OPTIMIZERS        a table of parameter groups; Muon and Adam
     ARTIFACT          quantiser, file format, size rules
     CHECKPOINTS       a run's state on disk, from which it can go on
@@ -33,7 +33,7 @@ the order in which data flows:
     BACKOFF           exact counts of the text so far, mixed linearly with the net
     LOGISTIC          a token as binary decisions; experts mixed as logits; the arithmetic coder
     PACKING           training text inside the artifact, whose decoding primes the mixer
-    EVALUATION        load, prime, decode the message, score each position once, total
+    EVALUATION        load, prime, decode the first tokens' code, score each position once, total
     AUDIT             causality, normalisation, bytes: checked through the code that scores
     MODES             two programs that meet in files: train, and score
 """
@@ -175,7 +175,9 @@ class Knobs:
     beta1: float = knob(0.9, "Adam: decay of the first moment", "train", hi=0.9999)
     beta2: float = knob(0.95, "Adam: decay of the second moment", "train", hi=0.99999)
     adam_eps: float = knob(1e-8, "Adam: epsilon", "train", lo=1e-20, hi=1)
-    adam_weight_decay: float = knob(0.0, "Adam: decoupled, of embeddings and tables", "train")
+    adam_weight_decay: float = knob(
+        0.0, "Adam: decoupled, times the rate; embedding, tables", "train"
+    )
     muon_momentum: float = knob(0.95, "Muon: momentum", "train", hi=0.9999)
     muon_backend_steps: int = knob(5, "Muon: Newton-Schulz steps", "train", lo=1, hi=20)
     muon_momentum_warmup_start: float = knob(0.85, "Muon: momentum at step 0", "train", hi=0.9999)
@@ -186,7 +188,7 @@ class Knobs:
     ema_start_frac: float = knob(0.5, "progress at which averaging starts", "train", hi=1)
     use_swa: bool = knob(False, "the plain mean from EMA_START_FRAC on, in EMA's place", "train")
     weight_bits: int = knob(6, "bits of block matrices and hash tables", "train", lo=4, hi=8)
-    embed_bits: int = knob(8, "bits of the token embedding", "train", lo=4, hi=8)
+    embed_bits: int = knob(8, "bits of token embedding and engram.proj", "train", lo=4, hi=8)
     use_gptq_lite: bool = knob(True, "search each row's clip for the least squared error", "train")
     late_qat_threshold: float = knob(0.0, "train quantised below this LR factor", "train", hi=1)
     pack_text_bytes: int = knob(-1, "bytes of packed text; -1: all that is left", "train", lo=-1,
@@ -881,6 +883,7 @@ Progress = Callable[[int, int, str], None]  # tokens done, tokens in all, what t
 CHECKPOINT = Path("checkpoint") / "state.safetensors"  # in a run's folder
 LAUNCH_RANKS = ("MLX_RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK")
 
+# What people's parsers look for: "int6_zstd" is a label, whatever the bits and the compressor.
 TRAIN_LINE = (
     "step:{step}/{n} train_loss:{train_loss:.4f} train_time:{train_time_ms:.0f}ms "
     "step_avg:{step_avg_ms:.2f}ms tok_s:{tok_s:.0f}"
@@ -1624,7 +1627,7 @@ def apply_gradients(
 ) -> tuple[Arrays, Arrays]:
     """Move the parameters that have gradients: (their new values, their new optimizer state).
 
-    hyper: scalar arrays `lr` (factor on every learning rate), `momentum` (Muon's) and `step`
+    hyper: scalar arrays `lr_factor` (on every learning rate), `momentum` (Muon's) and `step`
     (counted from 1). Muon matrices of one group and shape are stacked.
     """
     new, state, stacks = {}, {}, {}
@@ -1633,7 +1636,7 @@ def apply_gradients(
         stack = params[name].shape if group.optimizer == "muon" else name
         stacks.setdefault((group, stack), []).append(name)
     for (group, name), same in stacks.items():
-        lr = hyper["lr"] * getattr(cfg, group.lr)
+        lr = hyper["lr_factor"] * getattr(cfg, group.lr)
         decay = getattr(cfg, group.decay) if group.decay else 0.0
         if group.optimizer == "adam":
             m, v = opt[f"m/{name}"], opt[f"v/{name}"]
@@ -1656,8 +1659,8 @@ CLIP_RATIOS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65)
 MAGIC, FORMAT_VERSION = b"MLXGOLF1", 6
 # Magic, version, SHA-256 of the version and the rest, bytes of the compressed model.
 PREFIX = struct.Struct("<8sH32sQ")
-# Bytes a value after compression, for rows of Gaussian noise (measured, brotli 11).
 LZMA_MAGIC = b"\xfd7zXZ\0"  # no brotli stream of ours begins so
+# Bytes a value after compression, for rows of Gaussian noise (measured, brotli 11).
 NOISE_BYTES = {4: 0.445, 5: 0.56, 6: 0.68, 7: 0.80, 8: 0.925}
 
 
@@ -1896,21 +1899,21 @@ def named_arrays(state: State) -> Arrays:
     return {f"{kind}:{n}": a for kind, tree in state[0].items() for n, a in tree.items()}
 
 
-def write_checkpoint(path: Path, state: State, cfg: Knobs, text: str) -> None:
+def write_checkpoint(path: Path, state: State, cfg: Knobs, fingerprint: str) -> None:
     """Write a state; at any moment the file is a whole checkpoint, this one or the one before.
 
-    text: the fingerprint of the training text.
+    fingerprint: of the training text.
     """
     facts = {"state": json.dumps(state[1]), "knobs": json.dumps(dataclasses.asdict(cfg))}
     path.parent.mkdir(exist_ok=True)
     part = path.with_name("part.safetensors")
-    mx.save_safetensors(str(part), named_arrays(state), {**facts, "text": text})
+    mx.save_safetensors(str(part), named_arrays(state), {**facts, "text": fingerprint})
     wait_for_disk(part)
     part.replace(path)
     wait_for_disk(path.parent)
 
 
-def read_checkpoint(path: Path, like: State, cfg: Knobs, text: str) -> State:
+def read_checkpoint(path: Path, like: State, cfg: Knobs, fingerprint: str) -> State:
     """Read a state with the names and shapes of `like`.
 
     Raises UserError where the file is damaged, or was made with other settings or another text.
@@ -1925,7 +1928,7 @@ def read_checkpoint(path: Path, like: State, cfg: Knobs, text: str) -> State:
     for name, value in knobs_of(cfg, "train", "model").items():
         if saved.get(name) != value:
             raise UserError(f"RESUME=1: {name.upper()} was {saved.get(name)}, not {value}")
-    if facts.get("text") != text:
+    if facts.get("text") != fingerprint:
         raise UserError("RESUME=1: the training text is not what it was: see DATA_PATH")
     for name, array in named_arrays(like).items():
         if name not in arrays or arrays[name].shape != array.shape:
@@ -2160,9 +2163,9 @@ class Trainer:
                 "GRAD_CLIP_NORM=1"
             )
         hyper = {
-            "lr": factor, "momentum": momentum_at(self.step, cfg), "step": self.step + 1.0,
+            "lr_factor": factor, "momentum": momentum_at(self.step, cfg), "step": self.step + 1.0,
             "clip": min(cfg.grad_clip_norm / (norm + 1e-12), 1.0),
-            "average": averaging_weight(averaged, cfg),
+            "average_rate": averaging_weight(averaged, cfg),
         }  # fmt: skip
         self.params, self.opt, self.average = self.updates(grads, hyper)
         self.averaged = averaged + 1 if averaging else 0
@@ -2218,8 +2221,8 @@ class Trainer:
     ) -> tuple[Array, Arrays]:
         """(loss, gradients) of a microbatch, added to those of the ones before it.
 
-        batch: inputs, targets and weights, each (B, T). The scale is such that the mean over the
-        ranks of all sums is the mean over the step's tokens.
+        batch: inputs, targets and weights, each (B, T). A rank's sums are multiplied by ranks /
+        tokens per step, so that their mean over the ranks is the mean over the step's tokens.
         """
         x, y, w = batch
         scale = self.ranks.count / self.tokens_per_step
@@ -2249,7 +2252,7 @@ class Trainer:
         new, opt = apply_gradients(params, grads, opt, hyper, self.groups, self.cfg)
         if not (self.cfg.ema_decay or self.cfg.use_swa):
             return new, opt, new
-        rate = hyper["average"]
+        rate = hyper["average_rate"]
         return new, opt, {n: average[n] + rate * (new[n] - average[n]) for n in new}
 
     def warm_up(self) -> None:
@@ -2257,7 +2260,7 @@ class Trainer:
         before = self.state()
         for _ in range(self.cfg.warmup_steps):
             self.take_step()
-            self.take(*before)
+            self.set_state(*before)
         if self.cfg.late_qat_threshold and self.cfg.warmup_steps:
             self.gradients(quantised=True)
 
@@ -2270,7 +2273,7 @@ class Trainer:
         arrays = {"params": self.params, "opt": self.opt, "average": self.average}
         return arrays, {"step": self.step, "elapsed_s": self.elapsed_s, "averaged": self.averaged}
 
-    def take(self, arrays: dict[str, Arrays], counters: dict[str, float]) -> None:
+    def set_state(self, arrays: dict[str, Arrays], counters: dict[str, float]) -> None:
         """Go on from a state."""
         vars(self).update(arrays, **counters)
 
@@ -2278,7 +2281,7 @@ class Trainer:
         """Go on from rank 0's state: unlike machines drift apart in the last bits."""
         if self.ranks.count > 1:
             arrays, counters = self.ranks.of_first(tree_map(mx.array, self.state()))
-            self.take(arrays, {n: value.item() for n, value in counters.items()})
+            self.set_state(arrays, {n: value.item() for n, value in counters.items()})
 
 
 def gigaflops(workers: Workers) -> float:
@@ -2310,7 +2313,7 @@ def interrupts() -> Iterator[threading.Event]:
 
 def train(trainer: Trainer, report: Report, validate: Callable[[Trainer], None]) -> None:
     """Take steps until the steps or the clock are used up; log, validate and save on the way."""
-    cfg, ranks, text = trainer.cfg, trainer.ranks, trainer.data.fingerprint()
+    cfg, ranks, fingerprint = trainer.cfg, trainer.ranks, trainer.data.fingerprint()
     saved = report.folder / CHECKPOINT if report.folder else Path()
 
     def due(every: int) -> bool:
@@ -2336,11 +2339,11 @@ def train(trainer: Trainer, report: Report, validate: Callable[[Trainer], None])
                 if save:
                     trainer.follow_rank_0()
                 if save and ranks.rank == 0:
-                    write_checkpoint(saved, trainer.state(), cfg, text)
+                    write_checkpoint(saved, trainer.state(), cfg, fingerprint)
     except RunFailed as error:
         if ranks.rank:
             raise
-        write_checkpoint(saved, trainer.state(), cfg, text)
+        write_checkpoint(saved, trainer.state(), cfg, fingerprint)
         go_on = f"{saved} holds step {trainer.step}: RESUME=1 RUN_ID={report.folder.name}"
         raise RunFailed(f"{error}; {go_on}") from None
 
@@ -2397,7 +2400,7 @@ class bare_kernel(kernel):
 
 
 def net_nats(tokens: Any, logs: Any) -> Any:
-    """What the net's rows (m, V) say of tokens (m,): (m,) float64 nats."""
+    """Cost -ln p of tokens (m,) by the net's log-probabilities (m, V): (m,) float64 nats."""
     return -logs[np.arange(len(tokens)), tokens].astype(np.float64)
 
 
@@ -2438,11 +2441,11 @@ class ContextModel:
     def begin(self, first: int) -> None:
         """Read the text's first token, which is not scored."""
 
-    def score(self, tokens: np.ndarray, logs: np.ndarray, coder: Any = None) -> np.ndarray:
-        """Score the text's next tokens in order, and learn from each after it is scored.
+    def cost(self, tokens: np.ndarray, logs: np.ndarray, coder: Any = None) -> np.ndarray:
+        """Cost of the text's next tokens; each is learned from after its cost is known.
 
         tokens (m,) int, logs (m, V) float32: the net's log-probabilities -> (m, 3) float64: nats
-        per token by the net, by the contexts, by all together.
+        per token by the net alone, by the contexts alone, and mixed.
         """
         return np.repeat(net_nats(tokens, logs)[:, None], 3, axis=1)
 
@@ -2461,10 +2464,11 @@ class ContextModel:
 
 # Both smoothings are one recursion over the orders k = 0, 1, .. of the context (order k: k tokens),
 #     p_k(v) = (max(c(v) - D, 0) + r q(v)) / (n - D m + r),    r = D m + A V,    p_{-1}(v) = 1 / V,
-# with c(v) the count of v in the context, n the sum and m the number of the counts above 0. r is
-# what q shares out: the shorter context's p_{k-1} if interpolated, else 1 / V. Counts are whole and
-# D <= 1, so the sum of max(c(v) - D, 0) over all v is n - D m: p_k sums to 1, whatever was counted.
-# The recursion ends where a context has no counts: the longest context that has some decides.
+# with c(v) the count of v in the context; n the sum of its counts; m how many of them are above 0;
+# r what is taken off them and given out in proportion to q: to p_{k-1} if interpolated, else 1 / V.
+# Counts are whole and D <= 1, so the sum of max(c(v) - D, 0) over all v is n - D m: p_k sums to 1,
+# whatever was counted. The recursion ends where a context has no counts: the longest context that
+# has some decides.
 SMOOTHINGS = {  # D, A, and whether it is interpolated
     # Kneser & Ney 1995, interpolated as by Chen & Goodman 1998, with one discount: c(v) is the
     # number of distinct tokens seen left of (context, v), unless the context is the longest. Alone,
@@ -2476,24 +2480,25 @@ SMOOTHINGS = {  # D, A, and whether it is interpolated
 FIRST_ALPHA, FIRST_TOKENS = 0.25, 8.0  # a learned alpha at start, and how many tokens it is worth
 
 # A node is a string of tokens; its parent lacks the leftmost one, and node 0 is the empty string.
-# It is the pair (context, token) of its last token and then the context of the token after that.
+# Node 'a b c' is the pair of the context 'a b' and the token 'c', with the count c; and it is the
+# context of what comes after, with n and m.
 # The kernels' arguments:
 #     state: the tuple of
 #         table    (slots,) int32         hash table with open addressing: a node per slot, or 0
 #         nodes    (nodes at most,) NODE  key: parent * V + leftmost token, compared in full, which
 #                                         makes counts exact; count: c, of the node as a pair; total
 #                                         and kinds: n and m, of the node as a context
-#         now      (1,) NOW               nodes in use, tokens of the context, tokens learned
+#         counters (1,) COUNTERS          nodes in use, tokens of the context, tokens learned
 #         contexts (order + 1,) int64     the node of the present context of each order
 #         weights  (10, 3 order + 3, 2)   float64, by the net's confidence and the trust in counts:
 #                                         sum of the n-gram model's shares, number of tokens
-#     fixed     (1,) FIXED    V, BOS, D, A and what else no token changes
+#     rule      (1,) RULE     V, BOS, D, A and what else no token changes
 #     token     int64         the one that is scored or counted; tokens: (m,)
-#     net, top  (m,) float64  nats: the net's log-probability of each token, and of the likeliest
+#     net, top  (m,) float64  the net's log-probability of each token, and of the likeliest, <= 0
 NODE = np.dtype([("key", np.int64), *((name, np.int32) for name in ("count", "total", "kinds"))])
-NOW = np.dtype([(name, np.int64) for name in ("nodes", "depth", "learned")])
-FIXED = np.dtype([("vocab", np.int64), ("bos", np.int64), ("discount", np.float64),
-                  ("added", np.float64), ("interpolated", bool), ("adapts", bool)])  # fmt: skip
+COUNTERS = np.dtype([(name, np.int64) for name in ("nodes", "depth", "learned")])
+RULE = np.dtype([("vocab", np.int64), ("bos", np.int64), ("discount", np.float64),
+                 ("added", np.float64), ("interpolated", bool), ("adapts", bool)])  # fmt: skip
 
 
 @kernel
@@ -2514,15 +2519,15 @@ def enter_nodes(table, nodes, used):
 
 
 @kernel
-def ngram_probability(state, token, fixed):
+def ngram_probability(state, token, rule):
     """(p of `token`, trust in it: a number from the longest context with counts); changes nothing.
 
     trust = 3 * that context's order + 0, 1, 2 for continuations seen once, twice, more on average.
     """
-    table, nodes, now, contexts, _ = state
-    rule, vocab = fixed[0], fixed[0].vocab
+    table, nodes, counters, contexts, _ = state
+    r, vocab = rule[0], rule[0].vocab
     p, trust, pair = 1.0 / vocab, 0, 0
-    for k in range(now[0].depth + 1):
+    for k in range(counters[0].depth + 1):
         context = nodes[contexts[k]]
         if context.total == 0:  # then longer ones have none either
             break
@@ -2530,55 +2535,55 @@ def ngram_probability(state, token, fixed):
             left = context.key % vocab if k else token
             pair = table[find_slot(table, nodes, pair * vocab + left)]
         count = nodes[pair].count if pair else 0
-        rest = rule.added * vocab + rule.discount * context.kinds
-        mass = max(count - rule.discount, 0.0) + rest * (p if rule.interpolated else 1.0 / vocab)
-        p = mass / (context.total - rule.discount * context.kinds + rest)
+        rest = r.added * vocab + r.discount * context.kinds
+        mass = max(count - r.discount, 0.0) + rest * (p if r.interpolated else 1.0 / vocab)
+        p = mass / (context.total - r.discount * context.kinds + rest)
         trust = 3 * k + min(context.total // context.kinds, 3) - 1
     return p, trust
 
 
 @kernel
-def count_token(state, token, fixed):
+def count_token(state, token, rule):
     """Count `token` once in each of its contexts, then make it the context's newest token."""
-    table, nodes, now, contexts, _ = state
-    vocab, depth = fixed[0].vocab, now[0].depth
+    table, nodes, counters, contexts, _ = state
+    vocab, depth = rule[0].vocab, counters[0].depth
     pairs, pair = np.empty(depth + 1, np.int64), 0
     for k in range(depth + 1):
         left = nodes[contexts[k]].key % vocab if k else token
         slot = find_slot(table, nodes, pair * vocab + left)
         if table[slot] == 0:
-            table[slot] = now[0].nodes
+            table[slot] = counters[0].nodes
             nodes[table[slot]].key = pair * vocab + left
-            now[0].nodes += 1
+            counters[0].nodes += 1
         pair = pairs[k] = table[slot]
     fresh = True
     for k in range(depth, -1, -1):
-        counts = fresh or not fixed[0].interpolated  # a new left neighbour makes a new longer pair
+        counts = fresh or not rule[0].interpolated  # Kneser-Ney: if the next longer pair is new
         fresh = nodes[pairs[k]].count == 0
         if counts:
             nodes[pairs[k]].count += 1
             nodes[contexts[k]].total += 1
             nodes[contexts[k]].kinds += fresh
-    now[0].depth = 1 if token == fixed[0].bos else min(depth + 1, len(contexts) - 1)
-    contexts[1 : now[0].depth + 1] = pairs[: now[0].depth]
-    now[0].learned += 1
+    counters[0].depth = 1 if token == rule[0].bos else min(depth + 1, len(contexts) - 1)
+    contexts[1 : counters[0].depth + 1] = pairs[: counters[0].depth]
+    counters[0].learned += 1
 
 
 @kernel
-def score_tokens(state, tokens, net, top, fixed):
-    """Score tokens and count each after it is scored; returns nats by net, n-grams, mixture."""
+def cost_ngrams(state, tokens, net, top, rule):
+    """(m, 3) nats of tokens by net, n-grams and mixed; each is counted after its cost is known."""
     weights, out = state[4], np.empty((len(tokens), 3))
     for i in range(len(tokens)):
-        p, trust = ngram_probability(state, tokens[i], fixed)
-        odds, level = top[i] - math.log(max(1.0 - math.exp(top[i]), 1e-9)), 0
+        p, trust = ngram_probability(state, tokens[i], rule)
+        odds, confidence = top[i] - math.log(max(1.0 - math.exp(top[i]), 1e-9)), 0
         for edge in range(-3, 6):
-            level += odds >= edge
-        weight = weights[level, trust]
+            confidence += odds >= edge
+        weight = weights[confidence, trust]
         alpha = weight[0] / weight[1]
         mixed = (1.0 - alpha) * math.exp(net[i]) + alpha * p
         out[i] = -net[i], -math.log(p), -math.log(mixed)
-        count_token(state, tokens[i], fixed)
-        if fixed[0].adapts:
+        count_token(state, tokens[i], rule)
+        if rule[0].adapts:
             weight[0] += alpha * p / mixed
             weight[1] += 1.0
     return out
@@ -2605,32 +2610,38 @@ class BackoffMixer(ContextModel):
             raise ValueError(f"{capacity} tokens of {vocab} at order {order}: too many to number")
         self.vocab, self.bos, self.capacity = vocab, bos, capacity
         facts = {"vocab": vocab, "bos": bos, "adapts": alpha is None, **SMOOTHINGS[smoothing]}
-        self.fixed = np.array([tuple(facts[name] for name in FIXED.names)], FIXED)
+        self.rule = np.array([tuple(facts[name] for name in RULE.names)], RULE)
         nodes, contexts = huge_zeros(most, NODE), np.zeros(order + 1, np.int64)
         nodes["key"][1], contexts[1] = bos, 1
         prior = (FIRST_ALPHA * FIRST_TOKENS, FIRST_TOKENS) if alpha is None else (alpha, 1.0)
         weights = np.full((10, 3 * order + 3, 2), prior)
-        self.state = np.zeros(0, np.int32), nodes, np.array([(2, 1, 0)], NOW), contexts, weights
+        self.state = (
+            np.zeros(0, np.int32),
+            nodes,
+            np.array([(2, 1, 0)], COUNTERS),
+            contexts,
+            weights,
+        )
         self.reserve(0)
 
     def reserve(self, tokens: int) -> None:
         """Make room for so many more tokens; at least half of the table stays empty."""
-        table, nodes, now, contexts, weights = self.state
+        table, nodes, counters, contexts, weights = self.state
         if self.learned + tokens > self.capacity:
             raise ValueError(f"{tokens} more tokens are more than the {self.capacity} announced")
-        need = 2 * (int(now["nodes"][0]) + tokens * len(contexts))
+        need = 2 * (int(counters["nodes"][0]) + tokens * len(contexts))
         if need > len(table):
             table = huge_zeros(1 << (need - 1).bit_length(), np.int32)
-            enter_nodes(table, nodes, now["nodes"][0])
-            self.state = table, nodes, now, contexts, weights
+            enter_nodes(table, nodes, counters["nodes"][0])
+            self.state = table, nodes, counters, contexts, weights
 
     def begin(self, first: int) -> None:
         """Read the text's first token, which is not scored. BOS says nothing: it is assumed."""
         if first != self.bos:
             self.reserve(1)
-            count_token(self.state, first, self.fixed)
+            count_token(self.state, first, self.rule)
 
-    def score(self, tokens: np.ndarray, logs: np.ndarray, coder: None = None) -> np.ndarray:
+    def cost(self, tokens: np.ndarray, logs: np.ndarray, coder: None = None) -> np.ndarray:
         """As the base says; the net's log-probabilities are taken as they are."""
         if logs.shape != (len(tokens), self.vocab):
             raise ValueError(f"{logs.shape} log-probabilities for {len(tokens)} tokens")
@@ -2638,7 +2649,7 @@ class BackoffMixer(ContextModel):
             raise ValueError(f"a token outside the vocabulary of {self.vocab}")
         self.reserve(len(tokens))
         net, top = -net_nats(tokens, logs), logs.max(axis=1).astype(np.float64)
-        return score_tokens(self.state, tokens.astype(np.int64), net, top, self.fixed)
+        return cost_ngrams(self.state, tokens.astype(np.int64), net, top, self.rule)
 
     @property
     def learned(self) -> int:
@@ -2650,30 +2661,33 @@ class BackoffMixer(ContextModel):
 # LOGISTIC: a token is a path of binary decisions; experts are mixed at each, as logits
 # ==================================================================================================
 
-# After Mahoney's PAQ and lpaq. THE PATH. The tokens are the leaves of a balanced binary tree. Its
-# nodes are numbered like a heap's: the root is 1, node n has the children 2n and 2n + 1. A token of
-# 1,024 is a path of ten decisions, 0 for left and 1 for right. The mixer gives each decision a
-# probability that is made of the past and of the path so far; the token's probability is their
-# product. So the probabilities of all tokens sum to 1, whatever the experts say.
+# After Mahoney's PAQ and lpaq (whose "context model" is an expert here, whose "mixer" is a judge;
+# here a mixer is the whole). A token whose probability is p costs -log2 p bits; it is predicted bit
+# by bit. THE PATH. The tokens are the leaves of a balanced binary tree. Its nodes are numbered like
+# a heap's: the root is 1, node n has the children 2n and 2n + 1. A token of 1,024 is a path of ten
+# decisions, 0 for left and 1 for right. The mixer gives each decision a probability that is made of
+# the past and of the path so far; the token's probability is their product. So the probabilities of
+# all tokens sum to 1, whatever the experts say.
 # THE EXPERTS. A slot expert has a context, e.g. the last two tokens. A hash of the context and of
-# every third node of the path finds a SLOT in a table: 16 bytes, which are a tag and 7 cells, one
-# for each node of three levels. A CELL is what was seen at the node: 12 bits of logit and 4 of
-# count. A candidate expert lists the last seven tokens that followed its context. The match expert
-# finds where the last tokens occurred before, and expects what followed there.
+# the path's node at level 0, 3, 6 .. finds a SLOT in a table: 16 bytes, which are a tag and 7
+# cells, one for each node of three levels. A CELL is what was seen at the node: 12 bits of logit
+# and 4 of count. A candidate expert lists the last seven tokens that followed its context. The
+# match expert finds where the last tokens occurred before, and expects what followed there.
 # THE MAPS. What an expert says need not be true. A MAP has a cell for everything that an expert can
 # say (22 bits of probability, 10 of count), which learns how often a 1 followed when it was said.
 # THE MIX. The inputs are logits, ln(p / (1 - p)). Their weights are the sum of six rows, one out of
 # each WEIGHT SET; a set chooses its row by what is known, e.g. by the node, or by the last token.
-# The mixed logit is refined by two more maps. Two JUDGES do this side by side, each with weights
-# and maps of its own: judge 0 hears the contexts alone, judge 1 the net as well.
+# The mixed logit is refined by two APMs, maps of it. Two JUDGES do this side by side, each with
+# weights and maps of its own: judge 0 hears the contexts alone, judge 1 the net as well.
 #
-# ONE DECISION. The path so far is right of left, 0 1, so the node is 5 and the level 2. The slot of
-# "order 2" was found at level 0; its cell 5 holds logit 2.0 (2,560: 256ths from -8) and count 3.
+# ONE DECISION. The path so far is left, then right: bits 0 1. The node is 5 and the level 2. The
+# slot of "order 2" was found at level 0; its cell 5 holds logit 2.0 (2,560: 256ths from -8) and
+# count 3.
 #  1. The expert's inputs are 2.0 and, from the map's cell for count 3 and logit 2.0, say 1.6.
 #     The net's input is the logit of its mass below node 11 over its mass below node 5.
 #  2. Six rows of weights, added and multiplied by the inputs, give the mixed logit 1.2: p = 0.77.
-#     The two refining maps say 0.80 for such a logit, so p = (0.77 + 0.80) / 2 = 0.78.
-#  3. The bit is 1. The coder keeps the lower 0.78 of its interval; that costs 0.35 bits.
+#     The two refining maps say 0.80 for such a logit, so p = (0.77 + 0.80) / 2 = 0.785.
+#  3. The bit is 1. The coder keeps the lower 0.785 of its interval; that costs 0.35 bits.
 #  4. Learning: the six rows move along the inputs by a rate times the error 1 - 0.77. The cells of
 #     all maps that were asked move towards 1 by 1 / (count + 1.5) of the way. So does the slot's
 #     cell, from p = 0.88 to 0.91: its logit is then 2.28, its count 4. The node is now 11.
@@ -2730,15 +2744,21 @@ MARKS = np.dtype([
 ])  # fmt: skip
 
 # --------------------------------------------------------------------------------------------------
-# The experts. A new context is a row; a new kind of expert is a row of KINDS and a box below.
+# The experts. A new slot or candidate context is one more row at its table's end. A new kind is a
+# row of KINDS and three names below it, and a box further down with its maps at first, inputs and
+# learning; these are called in `new_past` (in the order of KINDS), `predict_bit`, and `learn_bit`
+# or, once per token, `code_tokens`. Its tables are fields of Past, what it knows of one token
+# fields of WORK. Either way older artifacts decode to something else: FORMAT_VERSION goes up.
 
 
 class Context(NamedTuple):
     """What a slot or candidate expert knows of the past.
 
-    tokens: bit k is set if token t-1-k counts. words: 1 the tokens since the last piece that starts
-    a word, 2 that and the word before it. document: counts end with the document.
-    chooses: the slot's count helps to choose a row of weights.
+    tokens: bit k, 0 to 7, is set if token t-1-k counts. words: 1 the word so far, from the last
+    piece that starts one; 2 that and the word before. document: what was seen counts in it alone.
+    Rows of a table must differ in these three: experts with one key would share their cells.
+    chooses: the slot's count helps to choose a row of the last weight set, which it makes 8 times
+    larger; of no effect in candidates.
     """
 
     name: str
@@ -2760,11 +2780,13 @@ SLOT_CONTEXTS = (
 )
 CANDIDATE_CONTEXTS = (Context("candidates, order 4", tokens=0b1111),)
 SLOTS, CANDIDATES = len(SLOT_CONTEXTS), len(CANDIDATE_CONTEXTS)
+SLOT_MAP_CELLS, CANDIDATE_MAP_CELLS, MATCH_MAP_CELLS = 512, 200, 128  # per expert and level
 KINDS = (  # experts; inputs of a decision; cells of their maps per level
-    (SLOTS, 2 * SLOTS, SLOTS * 512),
-    (CANDIDATES, CANDIDATES, CANDIDATES * 200),
-    (1, 1, 128),  # the match
+    (SLOTS, 2 * SLOTS, SLOTS * SLOT_MAP_CELLS),
+    (CANDIDATES, CANDIDATES, CANDIDATES * CANDIDATE_MAP_CELLS),
+    (1, 1, MATCH_MAP_CELLS),
 )
+# Where the second kind begins, where the third does, and where what follows all kinds does.
 FIRST_CANDIDATE, MATCH, EXPERTS = itertools.accumulate(kind[0] for kind in KINDS)
 CANDIDATE_INPUT, MATCH_INPUT, NET = itertools.accumulate(kind[1] for kind in KINDS)
 CANDIDATE_MAP, MATCH_MAP, MAP_CELLS = itertools.accumulate(kind[2] for kind in KINDS)
@@ -2786,7 +2808,7 @@ WORK = np.dtype([  # `now`: first what is known of a token, then of one of its d
     ("touched", np.int64),  # a sum that nobody reads
     ("node", np.int64),
     ("level", np.int64),  # of the node, 0 at the root
-    ("cell", np.int64),  # of the node in its slot, 1 .. 7
+    ("cell_at", np.int64),  # of the node in its slot, 1 .. 7
     ("seen", np.int64),  # slot experts whose cell has a count
     ("inputs", np.float32, (2, WIDTH)),  # logits, per judge
     ("map_at", np.int64, EXPERTS),  # the expert's cell in the level's maps, -1 if it is silent
@@ -2806,8 +2828,8 @@ MAP_LIMIT = 1023  # count up to which a map's cell slows down
 
 
 def logit_tables() -> tuple[np.ndarray, np.ndarray]:
-    """(stretch (4096,) float32: ln(p / (1-p)) of p in 4096ths; logistic (6145,) int64: its inverse
-    in 2^-32, of -12 .. 12 in 256ths). Correctly rounded, so the same on every machine."""
+    """Correctly rounded, so the same on every machine: (stretch (4096,) float32, ln(p / (1-p)) of
+    p = (i + 1/2) / 4096; logistic (6145,) int64, its inverse in 2^-32, of -12 .. 12 in 256ths)."""
     with decimal.localcontext() as context:
         context.prec = 24
         number = decimal.Decimal
@@ -2925,7 +2947,7 @@ def net_masses(fixed, mass, row):
     leaves = len(fixed.token)
     mass[leaves:] = 0
     for v in range(len(row)):
-        mass[leaves + fixed.leaf[v]] = np.int64(row[v]) + 1
+        mass[leaves + fixed.leaf[v]] = np.int64(row[v]) + 1  # no side has all of the mass
     for node in range(leaves - 1, 0, -1):
         mass[node] = mass[2 * node] + mass[2 * node + 1]
 
@@ -2969,8 +2991,8 @@ def context_keys(fixed, past, rows, keys):
 def touch_rows(table, rows, keys, node, hashes, at):
     """Write the hash (n,) of each key (n,) and a node, and its first place (n,) in the table.
 
-    It loads them all, in flight at once, which hides memory's latency; the sum that it returns
-    keeps the compiler from leaving the loads out.
+    The rows are loaded all at once, which hides memory's latency; the sum that is returned keeps
+    the compiler from leaving the loads out. hashes may be keys: they are then replaced.
     """
     total = np.int64(0)
     for a in range(len(rows)):
@@ -2985,7 +3007,7 @@ def touch_rows(table, rows, keys, node, hashes, at):
 def find_rows(table, hashes, at, used, blank):
     """Go from each hash's first place to where it is; a new key gets the least used row, cleared.
 
-    used: the bits of a row's first cell that say how much it is used; blank: a cleared cell.
+    used: mask of the bits of a row's cell 1 that say how much it is used; blank: a cleared cell.
     """
     for a in range(len(at)):
         tag, first = np.int64(hashes[a] >> np.uint64(48)) | 1, at[a]
@@ -3024,8 +3046,8 @@ SLOT_LEVELS = 3  # decisions that share a slot: a tag and 7 nodes are 16 bytes
 UNSEEN = 2048 << 4  # a slot's cell: 12 bits of logit, in 256ths from -8; 4 of count, see COUNTS
 
 
-def slot_meanings() -> np.ndarray:
-    """The slots' maps at first, as if each cell were true: by expert, count and 5 bits of logit."""
+def first_slot_maps() -> np.ndarray:
+    """The slots' maps at first, which trust the cell's logit: by expert, count, 5 bits of logit."""
     logits = 3072 + (np.arange(32) * 2 - 31) * 64
     return np.tile(map_cells(mixer_tables()["squash"][logits]), SLOTS * 16)
 
@@ -3036,11 +3058,11 @@ def slot_inputs(fixed, past, now):
     x = now.inputs[0]
     now.seen = 0
     for a in range(SLOTS):
-        cell = np.int64(past.slots[now.slot[a], now.cell])
+        cell = np.int64(past.slots[now.slot[a], now.cell_at])
         x[2 * a] = np.float32((cell >> 4) - 2048) * np.float32(1 / 256)
         x[2 * a + 1], now.map_at[a] = np.float32(0), -1
         if cell & 15:
-            now.map_at[a] = a * 512 + (cell & 15) * 32 + (cell >> 11)
+            now.map_at[a] = a * SLOT_MAP_CELLS + (cell & 15) * 32 + (cell >> 11)
             x[2 * a + 1] = map_logit(fixed, past.maps[now.level, now.map_at[a]])
             now.seen += 1
 
@@ -3050,20 +3072,20 @@ def learn_slots(fixed, past, now, bit):
     """Move each expert's cell towards the bit; its count goes on by chance: see COUNTS."""
     dice = ((past.marks[0].tokens * 16 + now.level) * 0x9E3779B1 >> 12) & 0xFFFF
     for a in range(SLOTS):
-        cell = np.int64(past.slots[now.slot[a], now.cell])
+        cell = np.int64(past.slots[now.slot[a], now.cell_at])
         count = cell & 15
         if bit:
             after = np.int64(fixed.after_one[cell])
-        else:  # as after a 1 from the opposite logit; logit 0 of 4096, which has none, never occurs
+        else:  # mirror the logit, learn a 1, mirror back; 0, which has no mirror, never occurs
             after = 65536 - np.int64(fixed.after_one[65536 - cell + 2 * count])
-        past.slots[now.slot[a], now.cell] = after | (count + (dice < fixed.advance[count]))
+        past.slots[now.slot[a], now.cell_at] = after | (count + (dice < fixed.advance[count]))
 
 
 # --------------------------------------------------------------------------------------------------
 # Candidate experts: which tokens followed this context, the most recent first
 
 
-def candidate_meanings() -> np.ndarray:
+def first_candidate_maps() -> np.ndarray:
     """The candidates' maps at first: by expert, evidence for 0 and for 1, and the newest's bit."""
     evidence = np.array([0, 10, 20, 30, 40, 55, 80, 130, 220, 400])
     odds = (evidence + 4) * 65536 // (evidence[:, None] + evidence + 8)
@@ -3090,7 +3112,7 @@ def candidate_inputs(fixed, past, now):
         x[j], now.map_at[e] = np.float32(0), -1
         if newest >= 0:
             pair = fixed.evidence[n0] * 10 + fixed.evidence[n1]
-            now.map_at[e] = CANDIDATE_MAP + (c * 100 + pair) * 2 + newest
+            now.map_at[e] = CANDIDATE_MAP + c * CANDIDATE_MAP_CELLS + pair * 2 + newest
             x[j] = map_logit(fixed, past.maps[now.level, now.map_at[e]])
 
 
@@ -3115,10 +3137,10 @@ def learn_candidates(past, now, leaf):
 # --------------------------------------------------------------------------------------------------
 # The match expert: what followed when the last tokens occurred before
 
-LONGEST_MATCH, SHORTEST_MATCH = 32, 7  # tokens that are compared; that a match has
+COMPARED_TOKENS, SHORTEST_MATCH = 32, 7  # when a match is found; it grows from there
 
 
-def match_meanings() -> np.ndarray:
+def first_match_maps() -> np.ndarray:
     """The match's maps at first: by length, up to 63, and the bit that it expects."""
     return np.tile(map_cells([16384, 49152]), 64)
 
@@ -3136,7 +3158,8 @@ def match_input(fixed, past, now):
 
 @bare_kernel
 def learn_match(past, token):
-    """Keep the match if it expected the token, else look for the last place of this text."""
+    """Keep the match if it expected the token, else look for the last place of this text; then
+    enter this place."""
     marks, history = past.marks[0], past.history
     n = marks.tokens
     if marks.match_length and history[marks.match_at] == token:
@@ -3152,7 +3175,7 @@ def learn_match(past, token):
     at, length = np.int64(h >> np.uint64(20)) & (len(past.repeats) - 1), 0
     before = np.int64(past.repeats[at])
     if marks.match_length == 0 and before:
-        while length < min(LONGEST_MATCH, before) and (
+        while length < min(COMPARED_TOKENS, before) and (
             history[before - 1 - length] == history[n - 1 - length]
         ):
             length += 1
@@ -3164,7 +3187,9 @@ def learn_match(past, token):
 # Weight sets and the mix
 
 CHOOSERS = tuple(a for a, context in enumerate(SLOT_CONTEXTS) if context.chooses)
+# The rate is FIRST_RATE / (1 + FADE * visits of the row), at least LAST_RATE.
 FIRST_RATE, LAST_RATE, FADE = np.float32(0.005), np.float32(0.0002), np.float32(0.003)
+FIRST_WEIGHT, BIAS_INPUT = 0.15, 0.3  # summed over the sets; logit
 NET_WEIGHT, OTHERS = np.float32(0.3), np.float32(0.75)  # when the net joins: its weight, theirs
 
 
@@ -3179,7 +3204,7 @@ def choose_rows(fixed, past, now):
     """Choose a row of each weight set for a decision."""
     rows, counts = now.set_rows, 0
     for a in CHOOSERS:
-        counts = counts * 8 + (np.int64(past.slots[now.slot[a], now.cell]) & 15) // 2
+        counts = counts * 8 + (np.int64(past.slots[now.slot[a], now.cell_at]) & 15) // 2
     rows[0] = now.node
     rows[1] = now.second_last
     rows[2] = now.last * 8 + min(now.level, 7)
@@ -3192,7 +3217,7 @@ def choose_rows(fixed, past, now):
 
 @bare_kernel
 def mixed_logit(past, now, judge):
-    """The inputs times the sum of the sets' rows. Vectors fit every loop but the last."""
+    """The inputs times the sum of the sets' rows. Every loop but the last becomes vectors,"""
     products, x, weights = now.products, now.inputs[judge], past.weights[judge]
     row = weights[now.set_rows[0]]
     for j in range(len(products)):
@@ -3235,19 +3260,19 @@ def join_net(past: Past) -> None:
 
 
 # --------------------------------------------------------------------------------------------------
-# Refinement: two adaptive probability maps (APM) of the mixed logit
+# Refinement: two adaptive probability maps (APM) of the mixed logit, per judge
 
 APM_LIMIT = 250  # count up to which an APM's cell slows down
 
 
-def apm_meanings() -> np.ndarray:
-    """A row of 33 cells at first: the mixed logits -8, -7.5 .. 8 are true."""
+def first_apm_row() -> np.ndarray:
+    """An APM's row of 33 cells at first, which trusts the mixed logits -8, -7.5 .. 8."""
     return map_cells(mixer_tables()["squash"][3072 + (np.arange(33) - 16) * 128])
 
 
 @bare_kernel
 def choose_apm_rows(fixed, past, now):
-    """Choose the maps' rows for a decision: the node's, and its hash with token t-1."""
+    """Choose the APMs' rows for a decision: the node's, and its hash with token t-1."""
     leaves = len(fixed.token)
     h = mix_hash(np.uint64(now.last) << np.uint64(20), now.node) >> np.uint64(40)
     now.apm_rows[0] = now.node
@@ -3256,7 +3281,7 @@ def choose_apm_rows(fixed, past, now):
 
 @bare_kernel
 def refined(fixed, past, now, judge):
-    """Probability in 65,536ths: half the mixed logit's own, a quarter each map's, interpolated."""
+    """Probability in 65,536ths: half the mixed logit's own, a quarter each APM's, interpolated."""
     mixed = now.mixed[judge]
     place = min(max((mixed + np.float32(8)) * np.float32(2), np.float32(0)), np.float32(31.99))
     low, total = np.int64(place), np.float32(0)
@@ -3272,7 +3297,7 @@ def refined(fixed, past, now, judge):
 
 @bare_kernel
 def learn_apm(fixed, past, now, judge, bit):
-    """Move the cell nearest to the mixed logit, in each map, towards the bit."""
+    """Move the cell nearest to the mixed logit, in each APM, towards the bit."""
     for k in range(2):
         row = past.apm[judge, now.apm_rows[k]]
         learn_cell(fixed, row, now.apm_column[judge], bit, APM_LIMIT)
@@ -3401,14 +3426,14 @@ def code_path(fixed, past, now, mass, coder, leaf):
             if level == 0:
                 find_rows(past.candidates, now.candidate_hashes, now.found, 0xFFFF, 0)
             find_rows(past.slots, now.slot_hashes, now.slot, 15, UNSEEN)
-            now.cell = 1
+            now.cell_at = 1
         bit = 0
         if fixed.inside[2 * now.node + 1]:  # else no token is there: nothing to decide
             predict_bit(fixed, past, now, mass)
             bit = leaf >> (fixed.levels - level - 1) & 1
             bit = code_bit(coder, now.p[now.judges - 1], bit)
             learn_bit(fixed, past, now, bit)
-        now.node, now.cell = 2 * now.node + bit, 2 * now.cell + bit
+        now.node, now.cell_at = 2 * now.node + bit, 2 * now.cell_at + bit
     return now.node - len(fixed.token)
 
 
@@ -3418,7 +3443,7 @@ def code_tokens(mixer, coder, tokens, rows, nats):
 
     mixer: Fixed, Past, (1,) WORK and the net's mass below each node; coder: see `code_bit`; tokens
     (m,) int64, written when decoding; rows (m, V) uint32: the net's probabilities in 2^-30, or
-    (0, V) for none; nats (m, 2) float64, written: cost by the contexts alone, and with the net.
+    (0, V) for none; nats (m, 2) float64, written: cost by the contexts alone, and mixed.
     """
     fixed, past, now, mass = Fixed(*mixer[0]), Past(*mixer[1]), mixer[2][0], mixer[3]
     judges = now.judges = 2 if len(rows) else 1
@@ -3439,7 +3464,7 @@ def code_tokens(mixer, coder, tokens, rows, nats):
 
 
 def table_rows(memory_mb: int) -> tuple[int, int, int]:
-    """Rows of `slots`, those of them that are for documents, and rows of `candidates`."""
+    """Rows of `slots` (16 bytes), those that are for documents, rows of `candidates` (32 bytes)."""
     slots = (memory_mb << 16) * 15 // 16 // WAYS * WAYS
     return slots, min(1 << 19, slots // 8 // WAYS * WAYS), (memory_mb << 11) // WAYS * WAYS
 
@@ -3464,7 +3489,7 @@ def new_fixed(tokenizer: Tokenizer, leaf: np.ndarray, memory_mb: int) -> Fixed:
 def new_past(levels: int, capacity: int, memory_mb: int) -> Past:
     """What a mixer knows that has seen nothing, with room for `capacity` tokens."""
     slots, _, found = table_rows(memory_mb)
-    meanings = np.concatenate([slot_meanings(), candidate_meanings(), match_meanings()])
+    meanings = np.concatenate([first_slot_maps(), first_candidate_maps(), first_match_maps()])
     hashed = min(1 << 14, memory_mb << 10)
     repeats = min(1 << 24, 1 << max(memory_mb << 13, 64).bit_length())
     marks = np.zeros(1, MARKS)
@@ -3473,9 +3498,9 @@ def new_past(levels: int, capacity: int, memory_mb: int) -> Past:
         slots=huge_zeros(8 * slots, np.uint16).reshape(-1, 8),
         candidates=huge_zeros(8 * found, np.uint32).reshape(-1, 8),
         maps=np.tile(meanings, (levels, 1)),
-        weights=np.full((2, sum(set_sizes(levels)), WIDTH), 0.15 / SETS, np.float32),
+        weights=np.full((2, sum(set_sizes(levels)), WIDTH), FIRST_WEIGHT / SETS, np.float32),
         visits=np.zeros((2, sum(set_sizes(levels))), np.float32),
-        apm=np.tile(apm_meanings(), (2, (1 << levels) + hashed, 1)),
+        apm=np.tile(first_apm_row(), (2, (1 << levels) + hashed, 1)),
         repeats=np.zeros(repeats, np.int32), history=np.zeros(capacity, np.int32), marks=marks,
     )  # fmt: skip
 
@@ -3494,7 +3519,7 @@ class LogisticMixer(ContextModel):
             raise ValueError(f"BOS {self.fixed.bos} outside the vocabulary of {self.vocab}")
         self.state = new_past(self.fixed.levels, capacity + 1, memory_mb)
         self.now, self.mass = np.zeros(1, WORK), np.zeros(2 << self.fixed.levels, np.int64)
-        self.now["inputs"][..., BIAS] = 0.3
+        self.now["inputs"][..., BIAS] = BIAS_INPUT
 
     @property
     def learned(self) -> int:
@@ -3505,8 +3530,8 @@ class LogisticMixer(ContextModel):
         """Read the text's first token, which is not scored."""
         self.code(np.array([first], np.int64))
 
-    def score(self, tokens: np.ndarray, logs: np.ndarray, coder: Coder | None = None) -> np.ndarray:
-        """See `ContextModel.score`; with a coder the tokens are also encoded, or decoded: then
+    def cost(self, tokens: np.ndarray, logs: np.ndarray, coder: Coder | None = None) -> np.ndarray:
+        """See `ContextModel.cost`; with a coder the tokens are also encoded, or decoded: then
         they are written into `tokens`, and the nats are theirs."""
         wide = tokens.astype(np.int64)
         nats = self.code(wide, logs, coder)
@@ -3520,7 +3545,7 @@ class LogisticMixer(ContextModel):
         """Score tokens (m,) int64, or with a coder write them, or read them into `tokens`.
 
         logs (m, V) float32: the net's log-probabilities, if it takes part. Returns (m, 2) float64
-        nats per token, by the contexts alone and by all.
+        nats per token, by the contexts alone and mixed (contexts again without `logs`).
         """
         if logs is not None and logs.shape != (len(tokens), self.vocab):
             raise ValueError(f"{logs.shape} log-probabilities for {len(tokens)} tokens")
@@ -3541,7 +3566,7 @@ class LogisticMixer(ContextModel):
         coding.flush()
         return nats
 
-    def read_sha256(self) -> str:
+    def text_sha256(self) -> str:
         """SHA-256 of all tokens so far, as little-endian int32."""
         return hashlib.sha256(self.state.history[: self.learned].astype("<i4")).hexdigest()
 
@@ -3571,7 +3596,7 @@ def new_context_model(
 PACK_CHUNK = 1 << 14  # tokens per call of the kernel
 CONSIDERED_TOKENS = 40_000_000  # of the training text; about 25 M fill an artifact
 TREE_TOKENS = 2_000_000  # that the mixer's tree is made of
-MESSAGE_TOKENS = 256  # what a mixer that has packed text still has room for: see EVALUATION
+MESSAGE_TOKENS = 256  # of validation text, coded by the mixer that packed: see EVALUATION
 
 
 class Packer:
@@ -3630,7 +3655,7 @@ class Packer:
             left -= len(parts[-1])
         text = np.concatenate(parts)
         self.leaf = token_tree(text[:TREE_TOKENS], self.tokenizer.vocab)
-        text = text[: int(self.budget / 0.3)]  # more than these bytes can hold
+        text = text[: int(self.budget / 0.3)]  # a token takes more than 0.3 bytes
         room = len(text) + MESSAGE_TOKENS + 1
         self.mixer = LogisticMixer(self.tokenizer, self.leaf, room, self.cfg.mixer_memory_mb)
         while self.time_left() > 0:
@@ -3651,7 +3676,7 @@ class Packer:
     def finish(self) -> PackedText:
         """What is packed, once all is."""
         self.wait()
-        digest = self.mixer.read_sha256()
+        digest = self.mixer.text_sha256()
         return PackedText(self.leaf, self.count, digest, self.coder.finish())
 
 
@@ -3662,7 +3687,7 @@ def unpack(mixer: LogisticMixer, packed: PackedText, label: str) -> None:
         size = min(PACK_CHUNK, packed.token_count - at)
         mixer.code(np.zeros(size, np.int64), None, coder)
         show(at + size, packed.token_count, "")
-    if mixer.read_sha256() != packed.sha256:
+    if mixer.text_sha256() != packed.sha256:
         raise AuditFailed("paid text", "it does not decode to the text that was packed")
 
 
@@ -3670,7 +3695,11 @@ def unpack(mixer: LogisticMixer, packed: PackedText, label: str) -> None:
 # EVALUATION: load, prime, decode the message, score each position exactly once, total
 # ==================================================================================================
 
-Rows = Iterator[tuple[int, np.ndarray]]  # (first target, a row for it and each of the next ones)
+# The message is the text's first tokens, at most 256, in the arithmetic code of the primed mixer:
+# message.bin. The training process writes it; the scoring process, which knows the artifact and the
+# first token alone, decodes it. So the bits that a score claims are enough to get the text back.
+
+Parts = Iterator[tuple[int, np.ndarray]]  # (first target, rows: one per target from there on)
 
 
 def scoring_windows(targets: int, seq_len: int, stride: int) -> Iterator[tuple[int, int, int]]:
@@ -3715,12 +3744,13 @@ def first_window(model: GPT, text: np.ndarray, seq_len: int, workers: Workers) -
 def net_rows(
     model: GPT, text: np.ndarray, shape: tuple[int, int, int], workers: Workers,
     cuts: Sequence[int] = (),
-) -> Rows:  # fmt: skip
+) -> Parts:  # fmt: skip
     """The net's log-distributions of the text's targets, in text order.
 
-    text (n,) int; shape: tokens per window, stride, windows per batch; cuts: where the first
-    window's targets are parted, each part being made when it is taken, of what is then in `text`.
-    Yields (first target, (m, V) float32 nats); the parts cover the targets once. Every batch has
+    text (n,) int; shape: tokens per window, stride, windows per batch; cuts: targets at which the
+    first window is split. The net reads `text` again at each of them, because a decoder has
+    meanwhile written there what it decoded: take those parts without `ahead`. Yields (first target,
+    (m, V) float32, log-probabilities in nats); the parts cover the targets once. Every batch has
     the same shape, and only scored positions reach the vocabulary head.
     """
     seq_len, stride, batch = shape
@@ -3742,11 +3772,11 @@ def net_rows(
             yield first, logs[: end - first]
 
 
-def ahead(parts: Rows) -> Rows:
+def ahead(parts: Parts) -> Parts:
     """The same parts, each made while the one before is used.
 
-    Whoever may stop before the last part closes it: its thread must not be left to the collector
-    of garbage, which can run while another thread is being started, and would wait for it.
+    Whoever may stop before the last part closes it. Left to the collector of garbage, it would
+    join its thread wherever that runs, even where another thread holds the lock that it needs.
     """
     with ThreadPoolExecutor(1) as pool:
         try:
@@ -3759,20 +3789,20 @@ def ahead(parts: Rows) -> Rows:
 
 
 def cost_tokens(
-    rows: Rows, known: np.ndarray, context_model: ContextModel, coder: Coder | None = None
-) -> Rows:
-    """The one scoring loop: the net's rows -> (first target, (m, 3) nats: net, contexts, all).
+    rows: Parts, known: np.ndarray, context_model: ContextModel, coder: Coder | None = None
+) -> Parts:
+    """The one scoring loop: the net's rows -> (first target, (m, 3) nats: net, contexts, mixed).
 
     known (n,) int64: the text. The context model, which has begun with the text's first token,
     learns from each token after it is scored. With a coder it also writes the tokens' code, or
-    reads the tokens from a code into `known`.
+    decodes the tokens into `known`, where `rows` reads them.
     """
     for first, logs in rows:
         tokens = known[first + 1 : first + 1 + len(logs)]
-        yield first, context_model.score(tokens, logs, coder)
+        yield first, context_model.cost(tokens, logs, coder)
 
 
-def covering(parts: Rows, targets: int) -> Rows:
+def covering(parts: Parts, targets: int) -> Parts:
     """The same parts. Raises AuditFailed unless they cover every target once, in order."""
     done = 0
     for first, part in parts:
@@ -3789,8 +3819,8 @@ def bits_per_byte(nats: float, byte_count: int) -> float:
     return nats / math.log(2) / byte_count
 
 
-def total_score(costs: Rows, text: ValidationText, tokenizer: Tokenizer, show: Progress) -> Event:
-    """Add up costs; returns loss (nats/token), BPB of all, net and contexts, and the counts."""
+def total_score(costs: Parts, text: ValidationText, tokenizer: Tokenizer, show: Progress) -> Event:
+    """Add up costs: loss (nats per token), BPB mixed, by net and by contexts, and the counts."""
     tokens, nats, byte_count, end = text.tokens, np.zeros(3), 0, 0
     for first, part in covering(costs, len(tokens) - 1):
         nats, end = nats + part.sum(axis=0), first + len(part)
@@ -3900,7 +3930,7 @@ class Scoring:
         }
 
     def read_message(self) -> tuple[bytes | None, Event, str]:
-        """(the message's code, if it can be decoded here, what it says of itself, else why not)."""
+        """(the message's code, or None if it cannot be decoded here; its facts; why not, or '')."""
         path = self.path.with_name("message.bin")
         header, _, code = path.read_bytes().partition(b"\n")
         try:
@@ -3915,7 +3945,7 @@ class Scoring:
 
     def code_message(
         self, context_model: LogisticMixer, mode: str, code: bytes | None
-    ) -> tuple[np.ndarray, Rows, np.ndarray, Coder]:
+    ) -> tuple[np.ndarray, Parts, np.ndarray, Coder]:
         """Score the first tokens: write their code, or decode the one that is given.
 
         Returns (the text (n,) int64 as it is then known, the net's rows of the rest, the first
@@ -3941,15 +3971,15 @@ class Scoring:
             return f"no message written: {path}: {error.strerror}"
         return f"{len(nats)} tokens written to {path}: the same command, run again, decodes them"
 
-    def rows(self, mode: str, known: np.ndarray, cuts: Sequence[int] = ()) -> Rows:
+    def rows(self, mode: str, known: np.ndarray, cuts: Sequence[int] = ()) -> Parts:
         """The net's rows in an EVAL_MODE."""
         shape = (*eval_shape(self.cfg, mode), self.cfg.eval_batch_seqs)
         return net_rows(self.model, known, shape, self.workers, cuts)
 
-    def first_costs(
+    def message_costs(
         self, context_model: ContextModel, mode: str
-    ) -> tuple[np.ndarray, Rows, np.ndarray, str]:
-        """The message: decode it, or write it where there is none; nothing without a coder.
+    ) -> tuple[np.ndarray, Parts, np.ndarray, str]:
+        """The message: decode it, or write it where there is none; none without AUDIT and a coder.
 
         Returns (the text as it is then known, the net's rows of the rest, (m, 3) nats of the
         tokens before it, a line that says what became of the message).
@@ -3973,7 +4003,7 @@ class Scoring:
         context_model = self.prime()
         primed = time.perf_counter()
         context_model.begin(int(self.text.tokens[0]))
-        known, rows, nats, line = self.first_costs(context_model, mode)
+        known, rows, nats, line = self.message_costs(context_model, mode)
         show = show_progress(f"eval {mode}{self.text.part}")
         with contextlib.closing(ahead(rows)) as rest:
             costs = itertools.chain([(0, nats)], cost_tokens(rest, known, context_model))
@@ -4031,12 +4061,12 @@ class Audit:
     def normalised(self, text: np.ndarray, trace: Trace, at: int) -> None:
         """Put every token in the place of target `at`: the scores sum to 1."""
         (nats, rows), context_model = trace, self.small_model(text)
-        before = context_model.score(text[1 : at + 1], rows[:at])
+        before = context_model.cost(text[1 : at + 1], rows[:at])
         if (before != nats[:at]).any():
             raise AuditFailed("causality", f"scores before {at} depend on how the text is cut")
         state, tried = context_model.save(), []
         for v in range(self.tokenizer.vocab):
-            tried.append(context_model.score(np.array([v]), rows[at : at + 1])[0])
+            tried.append(context_model.cost(np.array([v]), rows[at : at + 1])[0])
             context_model.restore(state)
         if (tried[text[at + 1]] != nats[at]).any():
             raise AuditFailed("normalisation", f"target {at} has two scores")
@@ -4182,7 +4212,7 @@ def new_packer(trainer: Trainer, tokenizer: Tokenizer) -> Packer | None:
 
 
 def export(trainer: Trainer, report: Report, packer: Packer | None, tokenizer: Tokenizer) -> Event:
-    """Keep the raw weights, wait for the packer, write the artifact; returns the export event."""
+    """Keep the averaged float weights, then write the artifact; returns the export event."""
     cfg, packed, seconds = trainer.cfg, None, trainer.elapsed_s
     meta = {"knobs": json.dumps(dataclasses.asdict(cfg)), "tokenizer_sha256": tokenizer.sha256}
     mx.save_safetensors(str(report.folder / "model.safetensors"), trainer.average, meta)
@@ -4231,8 +4261,8 @@ def train_to_artifact(
 def resume(trainer: Trainer, report: Report) -> None:
     """Go on from the checkpoint in the run's folder."""
     saved = report.folder / CHECKPOINT
-    text = trainer.data.fingerprint()
-    trainer.take(*read_checkpoint(saved, trainer.state(), trainer.cfg, text))
+    found = read_checkpoint(saved, trainer.state(), trainer.cfg, trainer.data.fingerprint())
+    trainer.set_state(*found)
 
 
 def train_mode(cfg: Knobs, warnings: list[str]) -> None:

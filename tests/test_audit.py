@@ -48,7 +48,7 @@ def pack_text(room=400):
     tokenizer, leaf = made_up_tokenizer(), np.random.default_rng(3).permutation(VOCAB)
     mixer, coder = t.LogisticMixer(tokenizer, leaf, room + 500, 2), t.Coder()
     mixer.code(made_up_text(room, seed=99).tokens.astype(np.int64), None, coder)
-    return mixer, t.PackedText(leaf, room, mixer.read_sha256(), coder.finish())
+    return mixer, t.PackedText(leaf, room, mixer.text_sha256(), coder.finish())
 
 
 def write_run(folder, env, shards=(300,), packed=None):
@@ -254,7 +254,7 @@ def roomy(new, cfg, tokenizer, leaf, capacity, *memory):
 @cheat("one chunk early, logistic", LOGISTIC, "causality", "score of target", "cost_tokens")
 def _(cost, rows, known, model, *coder):
     for first, logs in rows:
-        model.score(known[first + 1 : first + 1 + len(logs)], logs)
+        model.cost(known[first + 1 : first + 1 + len(logs)], logs)
         yield from cost(iter([(first, logs)]), known, model, *coder)
 
 

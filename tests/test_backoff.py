@@ -126,7 +126,7 @@ def test_agrees_with_plain_dictionaries(smoothing, kind, order, alpha):
     plain = Dictionaries(vocab, bos, order, smoothing, alpha)
     plain.begin(int(text[0]))
     want, sums = zip(*map(plain.step, text[1:].tolist(), logs), strict=True)
-    got = mixer(text, vocab, bos, order, smoothing, alpha).score(text[1:], logs)
+    got = mixer(text, vocab, bos, order, smoothing, alpha).cost(text[1:], logs)
     assert np.abs(np.array(sums) - 1).max() < 1e-9
     assert np.abs(got - np.array(want)).max() < 1e-9
 
@@ -140,17 +140,17 @@ def test_distributions_sum_to_one(smoothing, kind, alpha):
     logs = rows(len(text) - 1, vocab)
     m, done = mixer(text, vocab, bos, 4, smoothing, alpha), 0
     for stop in sorted(np.random.default_rng(1).integers(0, 1199, 6).tolist()):
-        m.score(text[done + 1 : stop + 1], logs[done:stop])
+        m.cost(text[done + 1 : stop + 1], logs[done:stop])
         done, state, row = stop, m.save(), logs[stop : stop + 1]
         nats = []
         for v in range(vocab):
-            nats.append(m.score(np.array([v], np.int32), row)[0])
+            nats.append(m.cost(np.array([v], np.int32), row)[0])
             m.restore(state)
         net, ngram, mixed = np.exp(-np.array(nats)).sum(axis=0)
         assert abs(ngram - 1) < 1e-9
         assert abs(mixed - 1) <= abs(net - 1) + 1e-9  # the net's row is float32
         assert abs(net - 1) < 1e-6
-        again = m.score(text[stop + 1 : stop + 2], row)  # what was asked before left no trace
+        again = m.cost(text[stop + 1 : stop + 2], row)  # what was asked before left no trace
         assert np.array_equal(again[0], nats[text[stop + 1]])
         assert m.learned == stop + (text[0] != bos) + 1
         m.restore(state)
@@ -160,11 +160,11 @@ def test_distributions_sum_to_one(smoothing, kind, alpha):
 def test_chunks_do_not_matter(smoothing):
     text, vocab = real_text(2500), 1024
     logs = rows(len(text) - 1, vocab)
-    whole = mixer(text, vocab, smoothing=smoothing).score(text[1:], logs)
+    whole = mixer(text, vocab, smoothing=smoothing).cost(text[1:], logs)
     for size in (1, 7, 1000):
         m = mixer(text, vocab, smoothing=smoothing)
         parts = [
-            m.score(text[i + 1 : i + 1 + size], logs[i : i + size])
+            m.cost(text[i + 1 : i + 1 + size], logs[i : i + size])
             for i in range(0, len(logs), size)
         ]
         assert np.array_equal(np.concatenate(parts), whole)
@@ -175,12 +175,12 @@ def test_the_future_does_not_reach_back(smoothing):
     vocab, bos = 7, 3
     text = random_text(400, vocab, bos)
     logs = rows(len(text) - 1, vocab)
-    before = mixer(text, vocab, bos, smoothing=smoothing).score(text[1:], logs)
+    before = mixer(text, vocab, bos, smoothing=smoothing).cost(text[1:], logs)
     for at in (1, 2, 50, 200, 399):
         other, noise = text.copy(), logs.copy()
         other[at] = (other[at] + 1) % vocab
         noise[at:] = rows(len(text) - 1 - at, vocab, seed=9)  # target at + 1 and later
-        after = mixer(other, vocab, bos, smoothing=smoothing).score(other[1:], noise)
+        after = mixer(other, vocab, bos, smoothing=smoothing).cost(other[1:], noise)
         assert np.array_equal(after[: at - 1], before[: at - 1])
         assert not np.array_equal(after[at - 1 :], before[at - 1 :])
 
@@ -194,7 +194,7 @@ def test_a_document_does_not_see_the_one_before(smoothing):
     for first in itertools.permutations(documents):
         text = np.array([*itertools.chain(*first), 1, 5, 6, 7], np.int32)
         logs = rows(len(text) - 1, vocab)
-        nats.append(mixer(text, vocab, bos, 4, smoothing, 0.5).score(text[1:], logs)[-3:, 1])
+        nats.append(mixer(text, vocab, bos, 4, smoothing, 0.5).cost(text[1:], logs)[-3:, 1])
     for other in nats[1:]:
         assert np.array_equal(other, nats[0])
 
@@ -203,8 +203,8 @@ def test_a_text_that_does_not_begin_with_bos():
     text = np.array([5, 6, 5, 6, 5, 6, 7], np.int32)
     text_after_bos = np.concatenate([[1], text]).astype(np.int32)
     logs = rows(len(text), 10)
-    bare = mixer(text, 10, alpha=0.5).score(text[1:], logs[1:])
-    after = mixer(text_after_bos, 10, alpha=0.5).score(text_after_bos[1:], logs)
+    bare = mixer(text, 10, alpha=0.5).cost(text[1:], logs[1:])
+    after = mixer(text_after_bos, 10, alpha=0.5).cost(text_after_bos[1:], logs)
     assert np.array_equal(bare, after[1:])
 
 
@@ -220,11 +220,11 @@ def test_a_large_vocabulary():
         plain.begin(int(text[0]))
         for start in range(0, len(logs) - 30, 1000):
             stop = min(start + 1000, len(logs) - 30)
-            m.score(text[start + 1 : stop + 1], logs[start:stop])
+            m.cost(text[start + 1 : stop + 1], logs[start:stop])
         for token in text[1:-30].tolist():
             plain.learn(token)
         want = [plain.step(token, row)[0] for token in text[-30:].tolist()]
-        assert np.abs(m.score(text[-30:], logs[-30:]) - want).max() < 1e-9
+        assert np.abs(m.cost(text[-30:], logs[-30:]) - want).max() < 1e-9
 
 
 def test_keys_that_share_a_slot_stay_apart():
@@ -242,14 +242,14 @@ def test_keys_that_share_a_slot_stay_apart():
 def test_the_learned_weight_finds_the_better_expert():
     text = np.tile(np.array([1, 5, 6, 7, 8, 9], np.int32), 300)
     flat = np.full((len(text) - 1, 64), -math.log(64), np.float32)
-    nats = mixer(text, 64).score(text[1:], flat)[-300:]
+    nats = mixer(text, 64).cost(text[1:], flat)[-300:]
     assert nats[:, 2].mean() < nats[:, 1].mean() + 0.05 < 0.2 < nats[:, 0].mean()
     sure = np.full((len(text) - 1, 64), -20, np.float32)
     sure[np.arange(len(sure)), text[1:]] = -1e-6
     noise = random_text(len(text), 64, 1)
     right = np.full((len(noise) - 1, 64), -20, np.float32)
     right[np.arange(len(right)), noise[1:]] = -1e-6
-    nats = mixer(noise, 64).score(noise[1:], right)[-300:]
+    nats = mixer(noise, 64).cost(noise[1:], right)[-300:]
     assert nats[:, 2].mean() < 0.05
 
 
@@ -277,9 +277,9 @@ def test_refuses_tokens_and_rows_that_do_not_fit():
     m = t.BackoffMixer(10, 1, 4, "kneser-ney", None, 2)
     for token in (10, -1):
         with pytest.raises(ValueError, match="outside"):
-            m.score(np.array([token], np.int32), rows(1, 10))
+            m.cost(np.array([token], np.int32), rows(1, 10))
     with pytest.raises(ValueError, match="log-prob"):
-        m.score(np.array([1], np.int32), rows(2, 10))
+        m.cost(np.array([1], np.int32), rows(2, 10))
     with pytest.raises(ValueError, match="more than"):
-        m.score(np.array([1, 2, 3], np.int32), rows(3, 10))
-    assert m.score(np.zeros(0, np.int32), rows(0, 10)).shape == (0, 3)
+        m.cost(np.array([1, 2, 3], np.int32), rows(3, 10))
+    assert m.cost(np.zeros(0, np.int32), rows(0, 10)).shape == (0, 3)

@@ -238,8 +238,8 @@ class Learner(t.ContextModel):
     def __init__(self):
         self.seen = []
 
-    def score(self, tokens, logs, coder=None):
-        net, out = super().score(tokens, logs)[:, 0], []
+    def cost(self, tokens, logs, coder=None):
+        net, out = super().cost(tokens, logs)[:, 0], []
         for token, cost in zip(tokens.tolist(), net, strict=True):
             out.append([cost, len(self.seen), sum(self.seen)])
             self.seen.append(token)

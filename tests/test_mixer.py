@@ -607,8 +607,8 @@ def test_text_that_is_not_what_was_packed_is_caught():
     """As on a machine whose arithmetic differs in the last bit."""
     text, m, coder = some_text(900), mixer(), t.Coder()
     m.code(text, None, coder)
-    packed = t.PackedText(shuffled(50), 900, m.read_sha256(), coder.finish())
-    assert m.read_sha256() == hashlib.sha256(text.astype("<i4").tobytes()).hexdigest()
+    packed = t.PackedText(shuffled(50), 900, m.text_sha256(), coder.finish())
+    assert m.text_sha256() == hashlib.sha256(text.astype("<i4").tobytes()).hexdigest()
     t.unpack(mixer(), packed, "")
     other = mixer()
     other.state.weights[:] *= np.float32(1 + 2**-20)

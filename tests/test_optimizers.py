@@ -12,8 +12,8 @@ EVERY_FEATURE = [{"ENGRAM_LITE_ENABLED": 1}, {"ENGRAM_LITE_ENABLED": 0}]
 
 
 def hyper(lr: float, momentum: float, step: int) -> dict[str, mx.array]:
-    return {n: mx.array(float(v)) for n, v in zip(("lr", "momentum", "step"), (lr, momentum, step),
-                                                  strict=True)}  # fmt: skip
+    values = {"lr_factor": lr, "momentum": momentum, "step": step}
+    return {name: mx.array(float(value)) for name, value in values.items()}
 
 
 def normal(rng, *shape) -> mx.array:

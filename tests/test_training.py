@@ -307,7 +307,7 @@ def save(trainer, folder) -> Path:
 def resume(trainer, path) -> None:
     """Let the trainer go on from a checkpoint."""
     text = trainer.data.fingerprint()
-    trainer.take(*t.read_checkpoint(path, trainer.state(), trainer.cfg, text))
+    trainer.set_state(*t.read_checkpoint(path, trainer.state(), trainer.cfg, text))
 
 
 def check_last_state(trainer, step: int, folder) -> None:

@@ -37,7 +37,7 @@ class Sides:
         self.mixer = t.LogisticMixer(tokenizer, leaf, capacity, cfg.mixer_memory_mb)
         self.sliding_rows = list(self.rows("sliding"))
 
-    def rows(self, mode: str) -> t.Rows:
+    def rows(self, mode: str) -> t.Parts:
         """The net's rows in an EVAL_MODE."""
         shape = (*t.eval_shape(self.cfg, mode), self.cfg.eval_batch_seqs)
         return t.net_rows(self.model, self.text, shape, self.workers)

@@ -88,7 +88,7 @@ def backoff(text: np.ndarray) -> list[dict]:
     def scored_by(count: int):
         mixer = t.BackoffMixer(VOCAB, BOS, 4, "kneser-ney", None, count)
         mixer.begin(BOS)
-        return lambda part: mixer.score(part, np.broadcast_to(uniform, (len(part), VOCAB)))
+        return lambda part: mixer.cost(part, np.broadcast_to(uniform, (len(part), VOCAB)))
 
     scored_by(100)(text[1:100])
     return growth("backoff", text, scored_by(len(text)), 1 << 20)

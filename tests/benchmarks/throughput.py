@@ -84,7 +84,7 @@ class Ours:
         weights = np.ones((BATCH, LENGTH), np.float32)
         batches = [tuple(mx.array(a[s]) for a in (tokens[:, :-1], tokens[:, 1:], weights))
                    for s in trainer.microbatches[: self.workers.count]]  # fmt: skip
-        hyper = dict.fromkeys(("lr", "momentum", "step", "clip", "average"), 0.5)
+        hyper = dict.fromkeys(("lr_factor", "momentum", "step", "clip", "average_rate"), 0.5)
         trainer.model.update(self.t.tree_unflatten(list(trainer.params.items())))
         stages = {
             "blocks, forward": lambda: self.workers.map(
