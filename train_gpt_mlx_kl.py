@@ -46,6 +46,8 @@ import ctypes
 import dataclasses
 import decimal
 import difflib
+import errno
+import fcntl
 import functools
 import hashlib
 import importlib.metadata
@@ -110,14 +112,77 @@ class RunFailed(Stop):
     """A run that cannot go on."""
 
 
+class Diverged(RunFailed):
+    """A training whose state is not worth keeping."""
+
+
+class Interrupted(Stop):
+    """A signal that asked the program to end; the status is what a shell makes of it."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(f"stopped by {signal.Signals(number).name}")
+        self.status = 128 + number
+
+
+class Interrupts:
+    """SIGINT, SIGTERM, SIGHUP or an output that is gone: the first ends the program in order.
+
+    It raises Interrupted at once, or at the end of what `held` protects. A second one kills.
+    """
+
+    signals = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+    def __init__(self) -> None:
+        self.asked, self.holding = 0, False  # the signal's number; whether it has to wait
+
+    def listen(self) -> None:
+        """Take the signals that are not ignored, as nohup ignores SIGHUP."""
+        for number in self.signals:
+            if signal.getsignal(number) != signal.SIG_IGN:
+                signal.signal(number, self.ask)
+
+    def ask(self, number: int, _: object = None) -> None:
+        """The signals' handler."""
+        self.asked = number
+        for each in self.signals:
+            if signal.getsignal(each) == self.ask:
+                signal.signal(each, signal.SIG_DFL)
+        if not self.holding:
+            raise Interrupted(number)
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """Let what is inside be finished first."""
+        self.holding = True
+        try:
+            yield
+        finally:
+            self.holding = False
+        if self.asked:
+            raise Interrupted(self.asked)
+
+
+interrupts = Interrupts()
+
+
+def say(text: str) -> None:
+    """Print a line. Where nobody can read it any more, the program is asked to end."""
+    try:
+        print(text, flush=True)
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # for the lines that are still to come
+        interrupts.ask(signal.SIGPIPE)
+
+
 SCOPES = {  # what a knob is for
     "run": "where, how long and how chattily a run takes place; RESUME may change it",
     "data": "which text; its content counts, not its path",
     "train": "which net a run ends with; an artifact keeps it, RESUME refuses a change",
+    "rate": "how fast it learns; an artifact keeps it, RESUME may change it after a divergence",
     "model": "what an artifact's numbers mean; RESUME and EVAL_ONLY refuse a change",
     "eval": "how a text is scored; an artifact keeps it, RESUME and EVAL_ONLY may change it",
 }
-KEPT_SCOPES = ("train", "model", "eval")  # those of the settings in an artifact's header
+KEPT_SCOPES = ("train", "rate", "model", "eval")  # those of the settings in an artifact's header
 
 
 def knob(default: Any, help: str, scope: str, lo=0, hi=1e18, choices="", alias="", needs="") -> Any:
@@ -140,7 +205,9 @@ class Knobs:
     out_dir: str = knob("logs", "folder that holds the runs' folders", "run")
     eval_only: str = knob("", "path of an artifact: score it, train nothing", "run")
     resume: bool = knob(False, "go on from OUT_DIR/RUN_ID/checkpoint", "run")
-    checkpoint_every: int = knob(0, "steps between checkpoints; 0: when a run is cut short", "run")
+    checkpoint_seconds: float = knob(60.0, "seconds between checkpoints; 0: none by time", "run")
+    checkpoint_every: int = knob(0, "steps between checkpoints; 0: none by steps", "run")
+    export_on_interrupt: bool = knob(False, "interrupted training: export and score it", "run")
     device: str = knob("auto", "where MLX computes", "run", choices="auto cpu gpu")
     compute_dtype: str = knob("auto", "the forward pass's; auto: float32 on CPUs, bfloat16 on GPUs",
                               "run", choices="auto float32 bfloat16")  # fmt: skip
@@ -158,6 +225,7 @@ class Knobs:
 
     data_path: str = knob("", "folder of *_{train,val}_*.bin; empty: FineWeb or stdlib", "data")
     tokenizer_path: str = knob("", "SentencePiece .model; empty: what fits DATA_PATH", "data")
+    allow_overlap: bool = knob(False, "train on validation documents; the score says so", "data")
     vocab_size: int = knob(0, "pieces; 0: what the tokenizer has", "data", hi=65536)
 
     seed: int = knob(1337, "seed of weights and data order", "train", hi=2**31 - 1)
@@ -167,11 +235,11 @@ class Knobs:
     tied_embed_init_std: float = knob(0.005, "std of the token embedding at start", "train")
     qk_gain_init: float = knob(1.5, "factor on the normalised queries at start", "train", hi=10)
     use_ortho_init: bool = knob(True, "orthogonal block matrices at start", "train")
-    tied_embed_lr: float = knob(0.05, "Adam: token embedding", "train", hi=1e30)
-    matrix_lr: float = knob(0.04, "Muon: block matrices", "train", hi=1e30)
-    scalar_lr: float = knob(0.04, "Adam: gains, gates, scales", "train", hi=1e30)
-    hash_lr: float = knob(0.05, "Adam: hash tables", "train", hi=1e30)
-    hash_proj_lr: float = knob(0.01, "Adam: EngramLite's map to the vocabulary", "train", hi=100)
+    tied_embed_lr: float = knob(0.05, "Adam: token embedding", "rate", hi=1e30)
+    matrix_lr: float = knob(0.04, "Muon: block matrices", "rate", hi=1e30)
+    scalar_lr: float = knob(0.04, "Adam: gains, gates, scales", "rate", hi=1e30)
+    hash_lr: float = knob(0.05, "Adam: hash tables", "rate", hi=1e30)
+    hash_proj_lr: float = knob(0.01, "Adam: EngramLite's map to the vocabulary", "rate", hi=100)
     beta1: float = knob(0.9, "Adam: decay of the first moment", "train", hi=0.9999)
     beta2: float = knob(0.95, "Adam: decay of the second moment", "train", hi=0.99999)
     adam_eps: float = knob(1e-8, "Adam: epsilon", "train", lo=1e-20, hi=1)
@@ -182,8 +250,9 @@ class Knobs:
     muon_backend_steps: int = knob(5, "Muon: Newton-Schulz steps", "train", lo=1, hi=20)
     muon_momentum_warmup_start: float = knob(0.85, "Muon: momentum at step 0", "train", hi=0.9999)
     muon_momentum_warmup_steps: int = knob(500, "Muon: steps until the full momentum", "train")
-    muon_weight_decay: float = knob(0.0, "Muon: decoupled, times the learning rate", "train")
-    grad_clip_norm: float = knob(0.0, "largest norm of a step's gradient; 0: any", "train")
+    muon_weight_decay: float = knob(0.0, "Muon: decoupled, times the learning rate", "rate")
+    grad_clip_norm: float = knob(0.0, "largest norm of a step's gradient; 0: any", "rate")
+    skip_bad_steps: int = knob(0, "steps without a finite gradient that may be left out", "rate")
     ema_decay: float = knob(0.997, "EMA of the weights, per step; 0: none", "train", hi=0.99999)
     ema_start_frac: float = knob(0.5, "progress at which averaging starts", "train", hi=1)
     use_swa: bool = knob(False, "the plain mean from EMA_START_FRAC on, in EMA's place", "train")
@@ -336,7 +405,9 @@ def knobs_from_env(
 
     `kept`, the settings of an artifact as an environment would have them, takes the preset's place.
     """
-    (given, problems), (unknown, warnings) = parse_env({**(kept or {}), **env}), check_names(env)
+    aliases = {f.name.upper(): f.metadata["alias"] for f in dataclasses.fields(Knobs)}
+    kept_here = {n: v for n, v in (kept or {}).items() if not env.get(aliases.get(n, ""))}
+    (given, problems), (unknown, warnings) = parse_env({**kept_here, **env}), check_names(env)
     preset = given.pop("preset", "auto")
     if preset == "auto":
         preset = "cpu" if guess_device(given.get("device", "auto")) == "cpu" else "mac"
@@ -422,13 +493,17 @@ def errors_as_lines() -> Iterator[None]:
     """Print a user's mistake or interrupt, a line each, and end with its status."""
     try:
         yield
-    except (Stop, KeyboardInterrupt) as error:
-        for line in (str(error) or "interrupted").splitlines():
-            print(f"error: {line}", file=sys.stderr)
-        raise SystemExit(getattr(error, "status", 1)) from None
+    except Stop as error:
+        with contextlib.suppress(OSError):  # nobody reads it
+            for line in str(error).splitlines():
+                print(f"error: {line}", file=sys.stderr, flush=True)
+        raise SystemExit(error.status) from None
 
 
 if __name__ == "__main__":  # help and bad settings come before anything heavy is loaded
+    interrupts.listen()
+    for stream in filter(None, (sys.stdout, sys.stderr)):
+        stream.reconfigure(errors="backslashreplace")
     if {"-h", "--help"} & set(sys.argv):
         usage = "usage: [NAME=value ...] python train_gpt_mlx_kl.py"
         table = knob_table("\n{}", "  {name:<28} {help} [{default}]")
@@ -551,6 +626,31 @@ def script_unchanged() -> bool:
     return SCRIPT.is_file() and SCRIPT.read_bytes() == source()
 
 
+@contextlib.contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """Where to write a file that gets its name when it is whole and on disk. Raises RunFailed."""
+    part = path.with_name(f"part-{path.name}")
+    try:
+        yield part
+        wait_for_disk(part)
+        part.replace(path)
+        wait_for_disk(path.parent)
+    except (OSError, RuntimeError) as error:  # RuntimeError: MLX's
+        raise RunFailed(f"{path}: {getattr(error, 'strerror', '') or error}") from None
+    finally:
+        with contextlib.suppress(OSError):
+            part.unlink(missing_ok=True)
+
+
+def wait_for_disk(path: Path) -> None:
+    """Wait until a file's bytes, or the names in a folder, would outlast a power cut."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
 def on_cpu() -> bool:
     """Whether MLX computes on a CPU."""
     return mx.default_device().type == mx.DeviceType.cpu
@@ -661,7 +761,12 @@ def load_tokenizer(path: Path) -> Tokenizer:
         for i, p in enumerate(pieces)
     ]
     leading = np.array([p.startswith("\u2581") for p in pieces]) & ~control
-    dummy = "".join(model.encode("a", out_type=str)) == "\u2581a"
+    if "\u2581" in model.decode(model.encode(" a  b")):
+        raise UserError(f"TOKENIZER_PATH={path}: without a U+2581 piece a space becomes three "
+                        "bytes: train one that has it")  # fmt: skip
+    usual = (p for i, p in enumerate(pieces) if size[i] and not model.is_byte(i))
+    inner = next((p for p in usual if "\u2581" not in p), "a")  # it can only get one in front
+    dummy = "".join(model.encode(inner, out_type=str)).startswith("\u2581")
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     return Tokenizer(np.array(size, np.uint16), leading, control, model.bos_id(), dummy, digest)
 
@@ -673,16 +778,43 @@ def check_vocab(cfg: Knobs, tokenizer: Tokenizer) -> None:
                         "pieces: unset it or choose the other tokenizer")  # fmt: skip
 
 
-def open_shard(path: Path) -> np.ndarray:
-    """Memory-map a shard's tokens, (n,) uint16. Raises UserError naming the file."""
-    header_bytes = SHARD_HEADER_INTS * 4
-    header = np.fromfile(path, dtype="<i4", count=SHARD_HEADER_INTS)
-    if header.size < SHARD_HEADER_INTS or header[0] != SHARD_MAGIC or header[1] != SHARD_VERSION:
-        raise UserError(f"{path}: not a token shard (wrong header): make it with data/prepare.py")
-    need, have = header_bytes + 2 * int(header[2]), path.stat().st_size
-    if need != have:
-        raise UserError(f"{path}: {have} bytes, not {need} as its header says: make it anew")
-    return np.memmap(path, dtype="<u2", mode="r", offset=header_bytes, shape=(int(header[2]),))
+class Shard:
+    """A shard's tokens, uint16, read from its file when they are sliced.
+
+    Not memory-mapped: there a file that shrinks while a run goes on would kill it without a word.
+    """
+
+    def __init__(self, path: Path) -> None:
+        """Raises UserError unless the file is a shard as long as its header says."""
+        if not path.is_file():
+            raise UserError(f"{path}: not a file")
+        try:
+            header, have = np.fromfile(path, "<i4", SHARD_HEADER_INTS), path.stat().st_size
+        except OSError as error:
+            raise UserError(f"{path}: {error.strerror}") from None
+        if len(header) < SHARD_HEADER_INTS or tuple(header[:2]) != (SHARD_MAGIC, SHARD_VERSION):
+            raise UserError(
+                f"{path}: not a token shard (wrong header): make it with data/prepare.py"
+            )
+        need = 4 * SHARD_HEADER_INTS + 2 * int(header[2])
+        if need != have:
+            raise UserError(f"{path}: {have} bytes, not {need} as its header says: make it anew")
+        self.path, self.size = path, int(header[2])
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __getitem__(self, part: slice) -> np.ndarray:
+        """The tokens of a slice without a step: (n,) uint16. Raises RunFailed if they are gone."""
+        start, stop, _ = part.indices(self.size)
+        count, offset = max(stop - start, 0), 4 * SHARD_HEADER_INTS + 2 * start
+        try:
+            tokens = np.fromfile(self.path, "<u2", count, offset=offset)
+        except OSError as error:
+            raise RunFailed(f"{self.path}: {error.strerror}: put it back") from None
+        if len(tokens) < count:
+            raise RunFailed(f"{self.path}: it was shortened meanwhile: put the whole one back")
+        return tokens
 
 
 def check_ids(tokens: np.ndarray, vocab: int, name: object) -> np.ndarray:
@@ -701,13 +833,16 @@ def find_shards(folder: Path, split: str) -> list[Path]:
     for path in paths:
         if "_train_" in path.name and "_val_" in path.name:
             raise UserError(f"{path}: a shard of training or of validation text? rename it")
+        if "bytes" in path.name[path.name.index(f"_{split}_") :]:
+            raise UserError(f"{path}: by its name byte counts, not tokens. Here the tokenizer "
+                            "counts the bytes: move such files away")  # fmt: skip
     return paths
 
 
 def locate_data(cfg: Knobs) -> tuple[Path, Path | None, str]:
     """(folder of shards, tokenizer, a line that says what was chosen).
 
-    EVAL_ONLY needs no tokenizer: it is None unless TOKENIZER_PATH is set.
+    EVAL_ONLY needs no tokenizer: it may be None there.
     """
     root = HERE / "data" / "datasets"
     fineweb, stdlib = root / "fineweb10B_sp1024", root / "stdlib_sp1024"
@@ -722,9 +857,12 @@ def locate_data(cfg: Knobs) -> tuple[Path, Path | None, str]:
     if not folder.is_dir():
         raise UserError(f"DATA_PATH={folder}: no such folder")
     line += f", {folder}"
-    if cfg.eval_only and not cfg.tokenizer_path:
+    try:
+        tokenizer = Path(cfg.tokenizer_path) if cfg.tokenizer_path else tokenizer_beside(folder)
+    except UserError:
+        if not cfg.eval_only:
+            raise
         return folder, None, line
-    tokenizer = Path(cfg.tokenizer_path) if cfg.tokenizer_path else tokenizer_beside(folder)
     if not tokenizer.is_file():
         raise UserError(f"TOKENIZER_PATH={tokenizer}: no such file")
     return folder, tokenizer, f"{line}; tokenizer {tokenizer}"
@@ -733,7 +871,7 @@ def locate_data(cfg: Knobs) -> tuple[Path, Path | None, str]:
 def make_stdlib() -> None:
     """Run data/prepare.py on the text that every Python installation carries."""
     script = HERE / "data" / "prepare.py"
-    print("no FineWeb shards found: making a corpus from the text that Python carries", flush=True)
+    say("no FineWeb shards found: making a corpus from the text that Python carries")
     if subprocess.run([sys.executable, str(script), "stdlib"]).returncode:
         raise UserError("data/prepare.py stdlib failed (see above): set DATA_PATH to other shards")
 
@@ -767,7 +905,7 @@ class TrainWindows:
 
     def __init__(self, paths: list[Path], seq_len: int, seed: int, vocab: int) -> None:
         self.paths, self.seq_len, self.seed, self.vocab = paths, seq_len, seed, vocab
-        self.shards = [open_shard(path) for path in paths]
+        self.shards = [Shard(path) for path in paths]
         self.counts = np.array([max(len(s) - 1, 0) // seq_len for s in self.shards])
         self.windows = int(self.counts.sum())
         self.tokens = sum(len(s) for s in self.shards)
@@ -799,8 +937,42 @@ class TrainWindows:
         return np.stack(rows)
 
     def fingerprint(self) -> str:
-        """What tells texts apart without reading them whole: each shard's length and beginning."""
-        return str([(len(s), zlib.crc32(s[: 1 << 16].tobytes())) for s in self.shards])
+        """What tells texts apart without reading them whole: each shard's length and two ends."""
+        ends = [
+            np.concatenate([s[: 1 << 16], s[max(len(s) - (1 << 16), 0) :]]) for s in self.shards
+        ]
+        pairs = zip(self.shards, ends, strict=True)
+        return str([(len(shard), zlib.crc32(both.tobytes())) for shard, both in pairs])
+
+
+SHARED_ENDS = 32  # tokens at both ends of a document, by which it is known again
+
+
+def document_keys(tokens: np.ndarray, bos: int) -> tuple[np.ndarray, np.ndarray]:
+    """Documents of at least 2 * SHARED_ENDS tokens: (their length and both ends as bytes, lengths).
+
+    tokens (n,) uint16 -> (m,) bytes, (m,) int64.
+    """
+    starts = np.flatnonzero(tokens == bos)
+    lengths = np.diff(starts, append=len(tokens))
+    starts, lengths = (a[lengths >= 2 * SHARED_ENDS] for a in (starts, lengths))
+    at, ends = np.arange(SHARED_ENDS), starts + lengths - SHARED_ENDS
+    parts = [lengths.astype("<u8").view("<u2").reshape(-1, 4), tokens[starts[:, None] + at],
+             tokens[ends[:, None] + at]]  # fmt: skip
+    rows = np.ascontiguousarray(np.hstack(parts).astype(">u2"))
+    return rows.view(f"V{2 * rows.shape[1]}")[:, 0], lengths
+
+
+def shared_documents(data: TrainWindows, val: np.ndarray, bos: int) -> tuple[int, int]:
+    """(validation documents that are training documents too, their tokens)."""
+    if bos < 0:
+        return 0, 0
+    keys, lengths = document_keys(val.astype(np.uint16), bos)
+    known, found = {key.tobytes(): i for i, key in enumerate(keys)}, set()
+    for shard in data.shards:
+        found |= {known.get(key.tobytes()) for key in document_keys(shard[:], bos)[0]}
+    found.discard(None)
+    return len(found), int(lengths[sorted(found)].sum())
 
 
 COUNTED_TOKENS = 100_000_000  # enough for bigrams, and two seconds of counting
@@ -834,13 +1006,34 @@ def complementary_weights(probability: np.ndarray, alpha: float) -> np.ndarray:
     return (weights / weights.mean()).astype(np.float32)
 
 
-@dataclass(frozen=True)
+def decoded_bytes(path: Path, tokenizer: Tokenizer, text: np.ndarray) -> tuple[int, int]:
+    """UTF-8 bytes of a text (n,): (as the byte table counts them, as the decoded text has them)."""
+    import sentencepiece
+
+    model = sentencepiece.SentencePieceProcessor(model_file=str(path))
+    while len(text) > 1 and model.is_byte(int(text[-1])):  # a cut may have split a character
+        text = text[:-1]
+    parts = np.split(text, np.flatnonzero(text == tokenizer.bos))
+    true = sum(len(model.decode(part.tolist()).encode()) for part in parts if len(part))
+    prefix = tokenizer.dummy_prefix and tokenizer.leading[text[0]]
+    start = int(tokenizer.piece_bytes[text[0]]) - int(prefix)
+    return start + int(tokenizer.bytes_of(text[:-1], text[1:]).sum()), true
+
+
+@dataclass
 class ValidationText:
     """The text that is scored."""
 
     tokens: np.ndarray  # (n,) int32
     whole: bool  # all of the split's shards
     shards: int
+    stated_bytes: int | None = None  # of the decoded whole, by its manifest
+    overlap: tuple[int, int] = (0, 0)  # documents and tokens of it that are training text
+
+    @functools.cached_property
+    def sha256(self) -> str:
+        """Of its tokens, as little-endian int32."""
+        return hashlib.sha256(self.tokens.astype("<i4")).hexdigest()
 
     @property
     def part(self) -> str:
@@ -855,15 +1048,19 @@ def load_validation(folder: Path, tokenizer: Tokenizer, limit: int) -> Validatio
     unless the first one does not fit. Raises UserError for another tokenizer's shards.
     """
     manifest = folder / "manifest.json"
-    made_by = read_manifest(manifest).get("tokenizer_sha256", tokenizer.sha256)
-    if made_by != tokenizer.sha256:
+    facts = read_manifest(manifest)
+    if facts.get("tokenizer_sha256", tokenizer.sha256) != tokenizer.sha256:
         raise UserError(f"{manifest}: these shards were made by another tokenizer: choose the "
                         "DATA_PATH and TOKENIZER_PATH that belong together")  # fmt: skip
     paths = find_shards(folder, "val")
-    total = sum(len(open_shard(path)) for path in paths)
+    total = sum(len(Shard(path)) for path in paths)
+    stated = facts.get("val") if isinstance(facts.get("val"), dict) else {}
+    if stated.get("tokens", total) != total:
+        raise UserError(f"{folder}: its validation shards hold {total} tokens, by manifest.json "
+                        f"{stated['tokens']}: make the shards again")  # fmt: skip
     parts, left = [], limit or total
     for path in paths:
-        shard = open_shard(path)[: left + 1]
+        shard = Shard(path)[: left + 1]
         parts.append(check_ids(shard, tokenizer.vocab, path))
         left -= len(shard)
     text = np.concatenate(parts)
@@ -872,7 +1069,7 @@ def load_validation(folder: Path, tokenizer: Tokenizer, limit: int) -> Validatio
         text = text[: int(starts[-1]) if len(starts) else limit]
     if len(text) < 2:
         raise UserError(f"{folder}: the validation text has fewer than 2 tokens")
-    return ValidationText(text, len(text) == total, len(paths))
+    return ValidationText(text, len(text) == total, len(paths), stated.get("bytes"))
 
 
 # ==================================================================================================
@@ -880,7 +1077,6 @@ def load_validation(folder: Path, tokenizer: Tokenizer, limit: int) -> Validatio
 # ==================================================================================================
 
 Progress = Callable[[int, int, str], None]  # tokens done, tokens in all, what to say of them
-CHECKPOINT = Path("checkpoint") / "state.safetensors"  # in a run's folder
 LAUNCH_RANKS = ("MLX_RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK")
 
 # What people's parsers look for: "int6_zstd" is a label, whatever the bits and the compressor.
@@ -895,8 +1091,8 @@ EXPORT_LINE = (
 )
 ROUNDTRIP_LINES = (
     "final_int6_zstd_roundtrip val_loss:{val_loss:.4f} val_bpb:{val_bpb:.4f} "
-    "val_bpb_net:{val_bpb_net:.4f} val_bpb_context:{val_bpb_context:.4f} "
-    "eval_time:{eval_time_ms:.0f}ms{part} [{mode}, {mixer}]",
+    "eval_time:{eval_time_ms:.0f}ms val_bpb_net:{val_bpb_net:.4f} "
+    "val_bpb_context:{val_bpb_context:.4f}{part} [{mode}, {mixer}]",
     "final_int6_zstd_roundtrip_exact val_loss:{val_loss:.8f} val_bpb:{val_bpb:.8f}{part} [{mode}]",
 )
 CONFIG_LINES = (
@@ -908,9 +1104,9 @@ CONFIG_LINES = (
 FINAL_LINE = (
     "val_bpb {val_bpb:.4f} (net {val_bpb_net:.4f}, contexts {val_bpb_context:.4f}; audit: {audit}) "
     "on {val_tokens:,} tokens, {val_bytes:,} bytes{part}; {total_bytes:,} "
-    "bytes of script and artifact; trained on {train_tokens:,} tokens in {train_seconds:.0f} s; "
-    "evaluated in {eval_seconds:.0f} s"
+    "bytes of script and artifact{trained}; evaluated in {eval_seconds:.0f} s"
 )
+TRAINED = "; trained on {train_tokens:,} tokens in {train_seconds:.0f} s"
 
 
 def launched_rank() -> int:
@@ -918,30 +1114,109 @@ def launched_rank() -> int:
     return next((int(os.environ[name]) for name in LAUNCH_RANKS if name in os.environ), 0)
 
 
-class Report:
+class Report(contextlib.AbstractContextManager):
     """The run's folder: train.log (the script's source, then the lines) and metrics.jsonl.
 
-    Ranks other than 0 have a folder of None, and leave reporting to rank 0.
+    What is reported before `begin` is written then: a mistake that ends the program until then
+    leaves no folder and changes none. Ranks other than 0 have a folder of None, and leave reporting
+    to rank 0. The folder is locked until `close` or the end of the process, however it ends.
     """
 
+    files = ("train.log", "metrics.jsonl")
+
     def __init__(self, folder: Path | None, iterations: int) -> None:
+        """folder: is locked if it exists."""
         self.folder, self.iterations = folder, iterations
+        self.early: list[tuple[str, str]] | None = []  # (file, text) until it begins
+        self.lock: int | None = None
+        if folder and folder.is_dir():
+            self.take_lock()
+
+    def take_lock(self) -> None:
+        """Lock the folder. Raises UserError if another process has."""
+        self.lock = os.open(self.folder, os.O_RDONLY)
+        try:
+            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self.close()
+            raise UserError(f"{self.folder}: another process is at work on this run") from None
+
+    def close(self) -> None:
+        """Unlock the folder."""
+        if self.lock is not None:
+            os.close(self.lock)
+        self.lock = None
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def begin(self, sizes: dict[str, int] | None = None) -> None:
+        """Write from here on: in a new folder; or where a run has got to, if its files had `sizes`.
+
+        What it had more is forgotten: it will be said again. A folder that begins gets the script,
+        which will score what it trains. Raises UserError if the folder cannot be made.
+        """
+        if not self.folder:
+            return
+        try:
+            str(self.folder).encode()
+            if not self.folder.is_dir():
+                self.folder.mkdir(parents=True)
+                self.take_lock()
+            for name in self.files if sizes is not None else ():
+                if (self.folder / name).is_file():
+                    os.truncate(self.folder / name, sizes.get(name, 0))
+            with whole_file(self.folder / SCRIPT.name) as part:
+                part.write_bytes(source())
+        except (OSError, UnicodeError) as error:
+            reason = getattr(error, "strerror", "") or "its name is not UTF-8"
+            raise UserError(f"OUT_DIR={str(self.folder.parent)!a}: {reason}") from None
+        self.start_writing(f"{source().decode()}\n{'=' * 100}\n")
+
+    def start_writing(self, log_head: str = "") -> None:
+        """Write what was reported so far, behind `log_head` where the log is new."""
+        early, self.early = self.early, None
+        if log_head and not self.sizes()["train.log"]:
+            self.append("train.log", log_head)
+        for name, text in early:
+            self.append(name, text)
 
     def line(self, text: str) -> None:
         """A line on the screen and in train.log."""
         if self.folder:
-            print(text, flush=True)
-            with open(self.folder / "train.log", "a") as log:
-                log.write(text + "\n")
+            say(text)
+            self.append("train.log", text + "\n")
 
     def event(self, event: Event, *lines: str) -> None:
         """A JSON object in metrics.jsonl, and its lines with the event's values filled in."""
         if not self.folder:
             return
-        with open(self.folder / "metrics.jsonl", "a") as log:
-            log.write(json.dumps(event) + "\n")
+        self.append("metrics.jsonl", json.dumps(event) + "\n")
         for text in lines:
-            self.line(text.format(**event, n=self.iterations, part=part_of_text(event)))
+            trained = TRAINED.format(**event) if event.get("train_tokens") else ""
+            part = part_of_text(event)
+            self.line(text.format(**event, n=self.iterations, part=part, trained=trained))
+
+    def append(self, name: str, text: str) -> None:
+        """Add to a file, or leave it as it was. Raises RunFailed."""
+        if self.early is not None:
+            self.early.append((name, text))
+            return
+        path, before = self.folder / name, self.sizes()[name]
+        try:
+            with open(path, "ab", buffering=0) as log:
+                content = text.encode(errors="backslashreplace")
+                if log.write(content) < len(content):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                os.truncate(path, before)
+            raise RunFailed(f"{path}: {error.strerror}") from None
+
+    def sizes(self) -> dict[str, int]:
+        """Bytes of its files."""
+        paths = {name: self.folder / name for name in self.files}
+        return {name: path.stat().st_size if path.is_file() else 0 for name, path in paths.items()}
 
 
 def part_of_text(event: Event) -> str:
@@ -951,37 +1226,31 @@ def part_of_text(event: Event) -> str:
 
 
 def open_report(cfg: Knobs) -> Report:
-    """The report of a run that trains: in a new folder, or with RESUME in its own.
+    """The report of a run that has yet to begin: in a new folder, or with RESUME in its own.
 
-    The folder gets the script as it is now, which will score what it trains. Raises UserError if
-    the folder exists, or has nothing to go on from, or cannot be made.
+    Raises UserError if the folder exists, or with RESUME does not.
     """
     name = cfg.run_id or time.strftime("%Y%m%d-%H%M%S") + f"-{cfg.seed}-{os.getpid()}"
     folder = Path(cfg.out_dir) / name
-    saved = folder / CHECKPOINT
-    if cfg.resume and not saved.is_file():
-        raise UserError(f"RESUME=1: there is no {saved}: unset RESUME")
     try:
-        folder.mkdir(parents=True, exist_ok=cfg.resume)
-        (folder / SCRIPT.name).write_bytes(source())
-    except FileExistsError:
-        go_on = ", or go on with RESUME=1" if saved.is_file() else ""
-        raise UserError(f"RUN_ID={name}: {folder} exists and is never overwritten: "
-                        f"choose another RUN_ID{go_on}") from None  # fmt: skip
-    except OSError as error:
-        raise UserError(f"OUT_DIR={cfg.out_dir}: {error.strerror}") from None
-    if not cfg.resume:
-        (folder / "train.log").write_text(f"{source().decode()}\n{'=' * 100}\n")
+        there = os.path.lexists(folder)
+    except ValueError:  # a NUL in it
+        raise UserError(f"OUT_DIR={cfg.out_dir!a}: not a path") from None
+    if cfg.resume and not folder.is_dir():
+        raise UserError(f"RESUME=1: there is no {folder}: unset RESUME")
+    if there and not cfg.resume:
+        raise UserError(f"RUN_ID={name}: {folder} exists and is never overwritten: choose another "
+                        "RUN_ID, or go on with RESUME=1")  # fmt: skip
     return Report(folder, cfg.iterations)
 
 
-def unscored_export(folder: Path) -> Event | None:
-    """The newest export record in a run's metrics.jsonl, unless a final one came after it."""
-    found, log = None, folder / "metrics.jsonl"
+def last_record(folder: Path, *kinds: str) -> Event:
+    """The newest record of these kinds in a run's metrics.jsonl; {} if there is none."""
+    found, log = {}, folder / "metrics.jsonl"
     for text in log.read_text().splitlines() if log.is_file() else ():
-        with contextlib.suppress(ValueError):  # a line that a full disk cut short
+        with contextlib.suppress(ValueError):  # a line that was cut short
             record = json.loads(text)
-            found = {"export": record, "final": None}.get(record["event"], found)
+            found = record if record["event"] in kinds else found
     return found
 
 
@@ -995,7 +1264,7 @@ def show_progress(label: str, every_s: float = 10.0) -> Progress:
         now = time.perf_counter()
         if now > due:
             due, left = now + every_s, (now - begin) * (total - done) / done
-            print(f"{label}: {done}/{total} tokens, {note}{left:.0f} s left", flush=True)
+            say(f"{label}: {done}/{total} tokens, {note}{left:.0f} s left")
 
     return show
 
@@ -1781,7 +2050,7 @@ def serialise(artifact: Artifact, groups: dict[str, Group], cfg: Knobs) -> bytes
     tokenizer, packed = artifact.tokenizer, artifact.packed
     rows, blobs = pack_tensors(artifact.params, groups, cfg)
     knobs = {name.upper(): as_text(v) for name, v in knobs_of(cfg, *KEPT_SCOPES).items()}
-    header = {"knobs": knobs, "tensors": rows}
+    header = {**artifact.header, "knobs": knobs, "tensors": rows}
     header |= {"packed": [packed.token_count, packed.sha256]} if packed else {}
     facts = ("sha256", "bos", "vocab", "dummy_prefix")
     header["tokenizer"] = {name: getattr(tokenizer, name) for name in facts}
@@ -1794,25 +2063,19 @@ def serialise(artifact: Artifact, groups: dict[str, Group], cfg: Knobs) -> bytes
 
 def write_artifact(
     path: Path, params: Arrays, groups: dict[str, Group], cfg: Knobs, tokenizer: Tokenizer,
-    packed: PackedText | None = None,
+    packed: PackedText | None = None, overlap: tuple[int, int] = (0, 0),
 ) -> Event:  # fmt: skip
-    """Write the compressed model, then the packed text; returns the export event."""
-    artifact = Artifact({}, tokenizer, params, packed)
+    """Write the compressed model, then the packed text; returns the export event.
+
+    overlap: see `shared_documents`.
+    """
+    artifact = Artifact({"overlap": overlap} if overlap[0] else {}, tokenizer, params, packed)
     model, compressor = compress(serialise(artifact, groups, cfg))
     body = model + (packed.code if packed else b"")
     digest = checksum(FORMAT_VERSION, len(model), body)
-    write_whole(path, PREFIX.pack(MAGIC, FORMAT_VERSION, digest, len(model)) + body)
+    with whole_file(path) as part:
+        part.write_bytes(PREFIX.pack(MAGIC, FORMAT_VERSION, digest, len(model)) + body)
     return {**export_event(path, params, packed), "compressor": compressor}
-
-
-def write_whole(path: Path, content: bytes) -> None:
-    """Write a file that is complete when it has its name."""
-    part = path.with_suffix(".part")
-    with open(part, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    part.replace(path)
 
 
 def export_event(path: Path, params: Arrays, packed: PackedText | None) -> Event:
@@ -1885,56 +2148,92 @@ def read_artifact(path: Path) -> Artifact:
 # ==================================================================================================
 
 State = tuple[dict[str, Arrays], dict[str, float]]  # arrays by kind and name, counters by name
+CHECKPOINTS_KEPT = 2
 
 
-def wait_for_disk(path: Path) -> None:
-    """Wait until a file's bytes, or the names in a folder, would outlast a power cut."""
-    handle = os.open(path, os.O_RDONLY)
-    os.fsync(handle)
-    os.close(handle)
+def checkpoint_files(folder: Path) -> list[Path]:
+    """A run's checkpoints, the newest first."""
+    return sorted((folder / "checkpoint").glob("state-*.safetensors"), reverse=True)
 
 
-def named_arrays(state: State) -> Arrays:
+def named_arrays(arrays: dict[str, Arrays]) -> Arrays:
     """A state's arrays under the names KIND:NAME."""
-    return {f"{kind}:{n}": a for kind, tree in state[0].items() for n, a in tree.items()}
+    return {f"{kind}:{name}": a for kind, tree in arrays.items() for name, a in tree.items()}
 
 
-def write_checkpoint(path: Path, state: State, cfg: Knobs, fingerprint: str) -> None:
-    """Write a state; at any moment the file is a whole checkpoint, this one or the one before.
+def checked(arrays: Arrays, facts: str) -> str:
+    """A checksum of arrays, names and facts. Raises Diverged naming what is not finite."""
+    total = zlib.crc32(facts.encode())
+    for name in sorted(arrays):
+        array = np.array(arrays[name])
+        if array.dtype == np.float32 and not np.isfinite(array).all():
+            raise Diverged(f"{name} is not finite")
+        total = zlib.crc32(array.tobytes(), zlib.crc32(name.encode(), total))
+    return str(total)
 
-    fingerprint: of the training text.
+
+def write_checkpoint(folder: Path, state: State, facts: dict[str, Any]) -> Path:
+    """Write a run's state beside the one before, and remove older ones; returns its path.
+
+    facts: what else `read_checkpoint` shall return. Raises Diverged, or RunFailed where the disk
+    does not take it; the checkpoints before are then as they were.
     """
-    facts = {"state": json.dumps(state[1]), "knobs": json.dumps(dataclasses.asdict(cfg))}
-    path.parent.mkdir(exist_ok=True)
-    part = path.with_name("part.safetensors")
-    mx.save_safetensors(str(part), named_arrays(state), {**facts, "text": fingerprint})
-    wait_for_disk(part)
-    part.replace(path)
-    wait_for_disk(path.parent)
+    arrays = named_arrays(state[0])
+    text = json.dumps({**facts, "counters": state[1]})
+    meta = {"facts": text, "checksum": checked(arrays, text)}
+    before = checkpoint_files(folder)
+    number = int(before[0].stem.partition("-")[2]) + 1 if before else 1
+    path = folder / "checkpoint" / f"state-{number:06}.safetensors"
+    with whole_file(path) as part:
+        part.parent.mkdir(exist_ok=True)
+        mx.save_safetensors(str(part), arrays, meta)
+    for old in before[CHECKPOINTS_KEPT - 1 :]:
+        old.unlink(missing_ok=True)
+    return path
 
 
-def read_checkpoint(path: Path, like: State, cfg: Knobs, fingerprint: str) -> State:
-    """Read a state with the names and shapes of `like`.
+def read_checkpoint(folder: Path) -> tuple[State, dict[str, Any]] | None:
+    """The newest state that reads whole, and its facts; None if there was none yet.
 
-    Raises UserError where the file is damaged, or was made with other settings or another text.
+    Raises UserError if all are damaged.
     """
-    try:
-        arrays, facts = mx.load(str(path), return_metadata=True)
-        mx.eval(arrays)
-        saved, state = json.loads(facts["knobs"]), json.loads(facts["state"])
-        counters = {name: state[name] for name in like[1]}
-    except (RuntimeError, ValueError, TypeError, KeyError) as error:
-        raise UserError(f"RESUME=1: {path} is cut or damaged: {error}") from None
+    damaged = []
+    for path in checkpoint_files(folder):
+        try:
+            arrays, meta = mx.load(str(path), return_metadata=True)
+            if checked(arrays, meta["facts"]) != meta["checksum"]:
+                raise ValueError("its checksum does not fit")
+            facts = json.loads(meta["facts"])
+            kinds: dict[str, Arrays] = {}
+            for name, array in arrays.items():
+                kind, _, name = name.partition(":")
+                kinds.setdefault(kind, {})[name] = array
+            return (kinds, facts.pop("counters")), facts
+        except (OSError, RuntimeError, ValueError, TypeError, KeyError, RunFailed) as error:
+            damaged.append(f"{path} is damaged: {error}")
+    if damaged:
+        raise UserError("\n".join(f"RESUME=1: {line}" for line in damaged))
+    return None
+
+
+def check_same_run(facts: dict[str, Any], state: State, like: State, cfg: Knobs, text: str) -> None:
+    """Raises UserError unless a checkpoint is of this net, these settings and this text.
+
+    like: a state of this run; text: the fingerprint of its training text.
+    """
     for name, value in knobs_of(cfg, "train", "model").items():
-        if saved.get(name) != value:
-            raise UserError(f"RESUME=1: {name.upper()} was {saved.get(name)}, not {value}")
-    if facts.get("text") != fingerprint:
-        raise UserError("RESUME=1: the training text is not what it was: see DATA_PATH")
-    for name, array in named_arrays(like).items():
+        was = facts["knobs"].get(name.upper())
+        if was != as_text(value):
+            raise UserError(f"RESUME=1: {name.upper()} was {was}, not {as_text(value)}")
+    if facts["text"] != text:
+        raise UserError(
+            "RESUME=1: training text or tokenizer are not what they were: see DATA_PATH"
+        )
+    arrays = named_arrays(state[0])
+    for name, array in named_arrays(like[0]).items():
         if name not in arrays or arrays[name].shape != array.shape:
-            raise UserError(f"RESUME=1: {path} holds no {name} {array.shape}: it is the state of "
-                            "another tokenizer's net or of another script")  # fmt: skip
-    return {k: {n: arrays[f"{k}:{n}"] for n in tree} for k, tree in like[0].items()}, counters
+            raise UserError(f"RESUME=1: the checkpoint holds no {name} {array.shape}: it is of "
+                            "another script")  # fmt: skip
 
 
 # ==================================================================================================
@@ -2112,11 +2411,17 @@ def split_windows(first: int, last: int, cfg: Knobs, workers: int) -> list[slice
     return [slice(a, b) for a, b in itertools.pairwise(ends)]
 
 
+LOWER = (
+    "RESUME=1 may lower MATRIX_LR, TIED_EMBED_LR, HASH_LR, SCALAR_LR or MUON_WEIGHT_DECAY, set "
+    "GRAD_CLIP_NORM=1, or allow some bad steps by SKIP_BAD_STEPS"
+)
+
+
 class Trainer:
     """The training state and the one function that moves it, `take_step`.
 
-    All that changes is in three dicts of arrays, `params`, `opt` and `average`, and in three
-    counters. A step makes new dicts and takes them only if its loss and its gradient are finite,
+    All that changes is in three dicts of arrays, `params`, `opt` and `average`, and in four
+    counters. A step makes new dicts and takes them only if its loss and its gradients are finite,
     so that the last good state is always at hand.
     """
 
@@ -2129,7 +2434,7 @@ class Trainer:
         self.groups = group_parameters(list(self.params))
         self.opt = new_optimizer_state(self.params, self.groups)
         self.average = self.params
-        self.step, self.elapsed_s, self.averaged = 0, 0.0, 0
+        self.step, self.elapsed_s, self.averaged, self.skipped = 0, 0.0, 0, 0
         self.windows = cfg.train_batch_tokens // cfg.train_seq_len
         self.tokens_per_step = self.windows * cfg.train_seq_len  # of all ranks
         if self.windows < ranks.count:
@@ -2150,25 +2455,24 @@ class Trainer:
         self.add_workers, self.move = whole(self._add_workers), whole(self._move)
 
     def take_step(self) -> Event:
-        """Take one step; returns its train event. Raises RunFailed if it is not finite."""
+        """Take one step; returns its train event. Raises Diverged where it is not finite."""
         cfg, begin = self.cfg, time.perf_counter()
         factor = lr_factor(self.step, self.elapsed_s, cfg)
         averaging = progress(self.step, self.elapsed_s, cfg) >= cfg.ema_start_frac
         averaged = self.averaged if averaging else 0
         loss, norm, grads = self.gradients(quantised=factor < cfg.late_qat_threshold)
-        if not (math.isfinite(loss) and math.isfinite(norm)):
-            raise RunFailed(
-                f"step {self.step + 1}: loss {loss}, gradient norm {norm}: stopped. Lower "
-                "MATRIX_LR, TIED_EMBED_LR, HASH_LR, SCALAR_LR or MUON_WEIGHT_DECAY, or set "
-                "GRAD_CLIP_NORM=1"
-            )
+        good = math.isfinite(loss + norm)
+        self.skipped += not good
+        if self.skipped > cfg.skip_bad_steps:
+            raise Diverged(self.why_not_finite(loss, grads))
         hyper = {
             "lr_factor": factor, "momentum": momentum_at(self.step, cfg), "step": self.step + 1.0,
             "clip": min(cfg.grad_clip_norm / (norm + 1e-12), 1.0),
             "average_rate": averaging_weight(averaged, cfg),
         }  # fmt: skip
-        self.params, self.opt, self.average = self.updates(grads, hyper)
-        self.averaged = averaged + 1 if averaging else 0
+        if good:
+            self.params, self.opt, self.average = self.updates(grads, hyper)
+            self.averaged = averaged + 1 if averaging else 0
         self.step += 1
         seconds = self.ranks.of_first(mx.array(time.perf_counter() - begin)).item()
         self.elapsed_s += seconds
@@ -2178,6 +2482,13 @@ class Trainer:
             "step_avg_ms": 1000 * self.elapsed_s / self.step,
             "tok_s": self.tokens_per_step / seconds,
         }  # fmt: skip
+
+    def why_not_finite(self, loss: float, grads: list[Arrays]) -> str:
+        """What to say of a step whose loss or gradients are not finite."""
+        names = [n for part in grads for n, g in part.items() if not mx.isfinite(g).all().item()]
+        rest = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        return (f"step {self.step + 1}: loss {loss}, gradients that are not finite: "
+                f"{', '.join(names[:3]) or 'none'}{rest}. {LOWER}")  # fmt: skip
 
     def gradients(self, quantised: bool) -> tuple[float, float, list[Arrays]]:
         """(mean loss, gradient norm, gradients) of this step, over all workers and ranks.
@@ -2271,7 +2582,8 @@ class Trainer:
     def state(self) -> State:
         """All that steps change."""
         arrays = {"params": self.params, "opt": self.opt, "average": self.average}
-        return arrays, {"step": self.step, "elapsed_s": self.elapsed_s, "averaged": self.averaged}
+        counters = ("step", "elapsed_s", "averaged", "skipped")
+        return arrays, {name: getattr(self, name) for name in counters}
 
     def set_state(self, arrays: dict[str, Arrays], counters: dict[str, float]) -> None:
         """Go on from a state."""
@@ -2294,58 +2606,93 @@ def gigaflops(workers: Workers) -> float:
     return workers.count * 2 * 768**3 / (time.perf_counter() - begin) / 1e9
 
 
-@contextlib.contextmanager
-def interrupts() -> Iterator[threading.Event]:
-    """An event that an interrupt or a request to end sets; a second one stops at once."""
-    asked, both = threading.Event(), (signal.SIGINT, signal.SIGTERM)
+class Keeper:
+    """Keeps a run's checkpoints: the trainer's state, and what `more` returns, by kind and name."""
 
-    def ask(number: int, _: object) -> None:
-        asked.set()
-        signal.signal(number, handlers[number])
+    def __init__(
+        self, trainer: Trainer, report: Report, text: str, more: Callable[[], dict[str, Arrays]]
+    ) -> None:
+        """text: the fingerprint of the training text and its tokenizer."""
+        self.trainer, self.report, self.text, self.more = trainer, report, text, more
+        self.saved_at = time.monotonic()
 
-    handlers = {number: signal.signal(number, ask) for number in both}
-    try:
-        yield asked
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
+    def due(self) -> bool:
+        """Whether CHECKPOINT_SECONDS are over."""
+        every = self.trainer.cfg.checkpoint_seconds
+        return bool(every) and time.monotonic() - self.saved_at >= every
+
+    def save(self, together: bool = True) -> None:
+        """Write a checkpoint, on rank 0; from there all ranks go on, if they do this together."""
+        trainer = self.trainer
+        if together:
+            trainer.follow_rank_0()
+        if trainer.ranks.rank == 0:
+            arrays, counters = trainer.state()
+            knobs = {n.upper(): as_text(v) for n, v in knobs_of(trainer.cfg, *KEPT_SCOPES).items()}
+            facts = {"knobs": knobs, "text": self.text, "sizes": self.report.sizes()}
+            try:
+                state = {**arrays, **self.more()}, counters
+                write_checkpoint(self.report.folder, state, facts)
+            except Diverged as error:
+                raise Diverged(f"step {trainer.step}: {error}. {LOWER}") from None
+        self.saved_at = time.monotonic()
+
+    @contextlib.contextmanager
+    def last_words(self) -> Iterator[None]:
+        """Where what is inside ends early, save what there is, and say how to go on."""
+        try:
+            yield
+        except (RunFailed, Interrupted) as error:
+            if self.trainer.ranks.rank:
+                raise
+            reason = ""
+            try:
+                if not isinstance(error, Diverged):
+                    self.save(together=False)
+            except RunFailed as unsaved:
+                reason = f"; no new checkpoint: {unsaved}"
+            folder = self.report.folder
+            go_on = f"OUT_DIR={shlex.quote(str(folder.parent))} RUN_ID={folder.name} RESUME=1"
+            error.args = (f"{error}{reason}; to go on: {go_on}",)
+            raise
 
 
-def train(trainer: Trainer, report: Report, validate: Callable[[Trainer], None]) -> None:
-    """Take steps until the steps or the clock are used up; log, validate and save on the way."""
-    cfg, ranks, fingerprint = trainer.cfg, trainer.ranks, trainer.data.fingerprint()
-    saved = report.folder / CHECKPOINT if report.folder else Path()
+def train(
+    trainer: Trainer, report: Report, validate: Callable[[Trainer], None], keeper: Keeper
+) -> bool:
+    """Take steps until the steps or the clock are used up; log, validate and save on the way.
+
+    Returns whether all were taken: EXPORT_ON_INTERRUPT ends them early.
+    """
+    cfg, ranks = trainer.cfg, trainer.ranks
 
     def due(every: int) -> bool:
         return bool(every) and trainer.step % every == 0
 
-    try:
-        with interrupts() as interrupted:
-            while not trainer.finished():
-                event = trainer.take_step()
-                left = remaining_steps(trainer.step, trainer.elapsed_s, cfg)
-                soon = trainer.step == 20 or (trainer.step == 1 and left < 20)
-                if soon and left < cfg.warmdown_iters:
-                    warning = f"warning: WARMDOWN_ITERS={cfg.warmdown_iters}, but only about "
-                    report.line(f"{warning}{left:.0f} steps are left: the learning rate falls now")
-                if due(cfg.train_log_every) or (cfg.train_log_every and trainer.step <= 5):
-                    report.event(event, TRAIN_LINE)
-                # Each rank has settings of its own for what it keeps.
-                stop, save = ranks.any(interrupted.is_set(), due(cfg.checkpoint_every))
-                if stop:
-                    raise RunFailed("stopped")
-                if due(cfg.val_loss_every) and not trainer.finished() and ranks.rank == 0:
-                    validate(trainer)
-                if save:
-                    trainer.follow_rank_0()
-                if save and ranks.rank == 0:
-                    write_checkpoint(saved, trainer.state(), cfg, fingerprint)
-    except RunFailed as error:
-        if ranks.rank:
-            raise
-        write_checkpoint(saved, trainer.state(), cfg, fingerprint)
-        go_on = f"{saved} holds step {trainer.step}: RESUME=1 RUN_ID={report.folder.name}"
-        raise RunFailed(f"{error}; {go_on}") from None
+    validated = last_record(report.folder, "val").get("step") if report.folder else None
+    while not trainer.finished():
+        if due(cfg.val_loss_every) and trainer.step not in (0, validated) and ranks.rank == 0:
+            validate(trainer)
+        with interrupts.held():
+            event = trainer.take_step()
+            left = remaining_steps(trainer.step, trainer.elapsed_s, cfg)
+            soon = trainer.step == 20 or (trainer.step == 1 and left < 20)
+            if soon and left < cfg.warmdown_iters:
+                warning = f"warning: WARMDOWN_ITERS={cfg.warmdown_iters}, but only about "
+                report.line(f"{warning}{left:.0f} steps are left: the learning rate falls now")
+            if due(cfg.train_log_every) or (cfg.train_log_every and trainer.step <= 5):
+                report.event(event, TRAIN_LINE)
+            save = due(cfg.checkpoint_every) or keeper.due()
+            stop, save = ranks.any(bool(interrupts.asked), save)  # each rank has its own clock
+            if stop and cfg.export_on_interrupt:
+                interrupts.asked = 0
+                report.line(f"stopped at step {trainer.step}: EXPORT_ON_INTERRUPT=1 exports it")
+                return False
+            if stop and not interrupts.asked:
+                raise RunFailed("another rank was asked to stop")
+            if save and not stop:
+                keeper.save()
+    return True
 
 
 # ==================================================================================================
@@ -3619,9 +3966,10 @@ class Packer:
         self.leaf = np.arange(tokenizer.vocab)
         self.coder = Coder()
         self.count = 0
+        self.lock = threading.Lock()  # held while a chunk is coded
         LogisticMixer(tokenizer, self.leaf, 1, 1).begin(0)  # compiled before the clock starts
 
-    def start(self, spent_s: float) -> None:
+    def start(self, spent_s: float, keeper: Keeper | None = None) -> None:
         """Begin, `spent_s` after MAX_WALLCLOCK_SECONDS started.
 
         Without such a clock packing ends here: what is packed must not depend on how fast it goes.
@@ -3631,7 +3979,7 @@ class Packer:
         self.workers.reserved = 1
         self.thread.start()
         if not self.cfg.max_wallclock_seconds:
-            self.wait()
+            self.wait(keeper)
 
     def run(self) -> None:
         """The thread's work; what goes wrong is kept for `wait`."""
@@ -3654,24 +4002,45 @@ class Packer:
             parts.append(check_ids(shard[:left], self.tokenizer.vocab, path))
             left -= len(parts[-1])
         text = np.concatenate(parts)
-        self.leaf = token_tree(text[:TREE_TOKENS], self.tokenizer.vocab)
+        if not self.count:
+            self.leaf = token_tree(text[:TREE_TOKENS], self.tokenizer.vocab)
         text = text[: int(self.budget / 0.3)]  # a token takes more than 0.3 bytes
         room = len(text) + MESSAGE_TOKENS + 1
         self.mixer = LogisticMixer(self.tokenizer, self.leaf, room, self.cfg.mixer_memory_mb)
+        for at in range(0, self.count, PACK_CHUNK):  # coded before a checkpoint: it has the code
+            self.mixer.code(text[at : min(at + PACK_CHUNK, self.count)].astype(np.int64))
         while self.time_left() > 0:
             free = self.budget - len(self.coder.out) - 8
             size = min(PACK_CHUNK, free // 3)  # 3 bytes per token: more than text takes
             chunk = text[self.count : self.count + max(size, 0)].astype(np.int64)
             if not len(chunk):
                 return
-            self.mixer.code(chunk, None, self.coder)
-            self.count += len(chunk)
+            with self.lock:
+                self.mixer.code(chunk, None, self.coder)
+                self.count += len(chunk)
 
-    def wait(self) -> None:
-        """Wait for the thread; raises what went wrong in it."""
-        self.thread.join()
+    def wait(self, keeper: Keeper | None = None) -> None:
+        """Wait for the thread, with checkpoints meanwhile; raises what went wrong in it."""
+        while self.thread.is_alive():
+            self.thread.join(0.5)
+            if keeper and keeper.due():
+                keeper.save(together=False)
         if self.error:
             raise self.error
+
+    def state(self) -> dict[str, Arrays]:
+        """What a checkpoint keeps of the packing: its code so far, from which it can go on."""
+        with self.lock:
+            if not self.count:
+                return {}
+            parts = {"leaf": self.leaf, "count": np.array(self.count), "coder": self.coder.state,
+                     "code": np.frombuffer(bytes(self.coder.out), np.uint8)}  # fmt: skip
+            return {"packed": {name: mx.array(part) for name, part in parts.items()}}
+
+    def set_state(self, parts: Arrays) -> None:
+        """Go on from what `state` kept, before `start`."""
+        self.leaf, self.coder.state = np.array(parts["leaf"]), np.array(parts["coder"])
+        self.count, self.coder.out = parts["count"].item(), bytearray(np.array(parts["code"]))
 
     def finish(self) -> PackedText:
         """What is packed, once all is."""
@@ -3879,6 +4248,7 @@ class Scoring:
     model: GPT
     text: ValidationText
     workers: Workers
+    message: str = ""  # what became of it: written, decoded or not decoded
 
     @classmethod
     def load(cls, cfg: Knobs, path: Path, folder: Path, workers: Workers) -> Scoring:
@@ -3930,8 +4300,10 @@ class Scoring:
         }
 
     def read_message(self) -> tuple[bytes | None, Event, str]:
-        """(the message's code, or None if it cannot be decoded here; its facts; why not, or '')."""
+        """(the message's code, or None if none can be decoded; its facts, or {}; why not)."""
         path = self.path.with_name("message.bin")
+        if not path.is_file():
+            return None, {}, ""
         header, _, code = path.read_bytes().partition(b"\n")
         try:
             facts = dict(json.loads(header))
@@ -3939,6 +4311,8 @@ class Scoring:
         except (KeyError, ValueError, TypeError):
             raise UserError(f"{path}: not a message of this script: remove it") from None
         unlike = [k for k, fact in self.message_facts().items() if facts.get(k) != fact]
+        if "artifact" in unlike:  # it is of an older one, and worth nothing
+            return None, {}, ""
         if unlike:
             return None, facts, f"{path} not decoded: it is of another {', '.join(unlike)}"
         return code, facts, ""
@@ -3966,9 +4340,10 @@ class Scoring:
         path, bits = self.path.with_name("message.bin"), float(nats[:, 2].sum()) / math.log(2)
         header = json.dumps({**self.message_facts(), "bits": bits}).encode()
         try:
-            write_whole(path, header + b"\n" + coder.finish())
-        except OSError as error:
-            return f"no message written: {path}: {error.strerror}"
+            with whole_file(path) as part:
+                part.write_bytes(header + b"\n" + coder.finish())
+        except RunFailed as error:
+            return f"no message written: {error}"
         return f"{len(nats)} tokens written to {path}: the same command, run again, decodes them"
 
     def rows(self, mode: str, known: np.ndarray, cuts: Sequence[int] = ()) -> Parts:
@@ -3985,11 +4360,13 @@ class Scoring:
         tokens before it, a line that says what became of the message).
         """
         code, line = None, ""
-        if self.cfg.audit and self.cfg.mixer == "logistic":
-            if not self.path.with_name("message.bin").is_file():
-                known, rows, nats, coder = self.code_message(context_model, mode, None)
-                return known, rows, nats, self.write_message(nats, coder)
+        if self.cfg.audit and self.cfg.mixer == "logistic" and not self.message:
             code, facts, line = self.read_message()
+            if not facts:
+                known, rows, nats, coder = self.code_message(context_model, mode, None)
+                self.message, line = "written", self.write_message(nats, coder)
+                return known, rows, nats, line
+            self.message = "decoded" if code is not None else "not decoded"
         if code is None:
             known = self.text.tokens.astype(np.int64)
             return known, self.rows(mode, known), np.zeros((0, 3)), line
@@ -4018,8 +4395,8 @@ class Scoring:
 # ==================================================================================================
 
 AUDIT_MEMORY_MB = 2
+BYTES_UNCHECKED = "bytes not checked: that needs TOKENIZER_PATH"
 MANY_TOKENS = 4096  # with a larger vocabulary, all of it is tried in one excerpt only
-BYTES_CHECKED = 2_000_000  # tokens that are decoded to count their bytes
 Trace = tuple[np.ndarray, np.ndarray]  # an excerpt's (n - 1, 3) nats and the net's (n - 1, V) rows
 
 
@@ -4036,7 +4413,10 @@ class Audit:
         context_model = self.small_model(text)
         costs = covering(cost_tokens(iter(rows), text, context_model), len(text) - 1)
         nats = np.concatenate([part for _, part in costs])
-        return nats, np.concatenate([logs for _, logs in rows])
+        logs = np.concatenate([logs for _, logs in rows])
+        if not (np.isfinite(nats).all() and np.isfinite(logs).all()):
+            raise AuditFailed("finite", "a score or a log-probability is not a finite number")
+        return nats, logs
 
     def small_model(self, text: np.ndarray) -> ContextModel:
         """A small context model that has seen nothing but the text's first token."""
@@ -4072,7 +4452,9 @@ class Audit:
             raise AuditFailed("normalisation", f"target {at} has two scores")
         for column, name in zip(np.array(tried).T, ("net", "context", "mixed"), strict=True):
             total = float(np.exp(-column).sum())
-            if not (np.isfinite(column).all() and abs(total - 1) <= 1e-6):
+            if not np.isfinite(column).all():
+                raise AuditFailed("normalisation", f"a {name} score at {at} is not finite")
+            if abs(total - 1) > 1e-6:
                 raise AuditFailed("normalisation", f"{name} probabilities at {at} sum to {total}")
 
     def excerpts(self, seed: int) -> str:
@@ -4087,6 +4469,8 @@ class Audit:
         for begin in begins:
             excerpt = text[begin : begin + size]
             trace, last = self.trace(excerpt), len(excerpt) - 2
+            if any((a != b).any() for a, b in zip(trace, self.trace(excerpt), strict=True)):
+                raise AuditFailed("repeatable", "this machine gives one text two scores")
             for at in {min(7, last), min(length, last), int(rng.integers(0, last + 1)), last}:
                 self.causal(excerpt, trace, at, rng)
             if begin == begins[0] or self.tokenizer.vocab <= MANY_TOKENS:
@@ -4094,33 +4478,41 @@ class Audit:
                 sums += 1
         return f"causal in {len(begins)}, normalised in {sums} excerpts of {size} tokens"
 
+    def same_tokenizer(self, path: Path) -> None:
+        """Raises UserError unless the artifact was made with this one."""
+        if hashlib.sha256(path.read_bytes()).hexdigest() != self.tokenizer.sha256:
+            raise UserError(f"TOKENIZER_PATH={path}: the artifact was made with another one")
+
     def byte_count(self, tokenizer_path: Path | None) -> str:
         """The byte table against the UTF-8 length of the decoded text."""
+        text = self.scoring.text.tokens
         if tokenizer_path is None:
-            return "bytes not checked: that needs TOKENIZER_PATH"
-        import sentencepiece
-
-        table, text = self.tokenizer, self.scoring.text.tokens[:BYTES_CHECKED]
-        if hashlib.sha256(tokenizer_path.read_bytes()).hexdigest() != table.sha256:
-            raise UserError(
-                f"TOKENIZER_PATH={tokenizer_path}: the artifact was made with another one"
-            )
-        model = sentencepiece.SentencePieceProcessor(model_file=str(tokenizer_path))
-        while len(text) > 1 and model.is_byte(int(text[-1])):  # a cut may have split a character
-            text = text[:-1]
-        parts = np.split(text, np.flatnonzero(text == table.bos))
-        true = sum(len(model.decode(part.tolist()).encode()) for part in parts if len(part))
-        prefix = table.dummy_prefix and table.leading[text[0]]
-        start = int(table.piece_bytes[text[0]]) - int(prefix)
-        count = start + int(table.bytes_of(text[:-1], text[1:]).sum())
+            return BYTES_UNCHECKED
+        count, true = decoded_bytes(tokenizer_path, self.tokenizer, text)
         if count != true:
             raise AuditFailed("bytes", f"the table gives {count}, the decoded text has {true}")
-        return f"{true} bytes, as the first {len(text)} tokens have when they are decoded"
+        return f"{true} bytes, as the {len(text)} tokens have when they are decoded"
+
+    def stated_bytes(self, counted: int) -> list[str]:
+        """The bytes of the whole text against its manifest's: lines."""
+        stated = self.scoring.text.stated_bytes
+        if stated is None or not self.scoring.text.whole:
+            return []
+        if counted != stated:
+            raise AuditFailed("bytes", f"{counted} were counted, {stated} by manifest.json")
+        return [f"{counted} bytes, as manifest.json says"]
+
+    def label(self, lines: list[str]) -> str:
+        """'pass', and what keeps it from being a plain one."""
+        documents = (self.scoring.artifact.header.get("overlap") or [0])[0]
+        but = ["bytes unchecked"] if BYTES_UNCHECKED in lines else []
+        but += [f"{documents} documents were trained on"] if documents else []
+        return ", ".join(["pass", *but])
 
     def whole(self, folder: Path) -> None:
         """The label of the text must fit what the folder's shards hold."""
         scored, whole = len(self.scoring.text.tokens), self.scoring.text.whole
-        total = sum(len(open_shard(path)) for path in find_shards(folder, "val"))
+        total = sum(len(Shard(path)) for path in find_shards(folder, "val"))
         if whole != (scored == total):
             raise AuditFailed("whole text", f"{scored} of {total} tokens are called whole")
 
@@ -4137,10 +4529,13 @@ class Audit:
 # ==================================================================================================
 
 
+EARLY_TOKENS = 2_000_000  # of the validation text: decoded before training
+
+
 def describe_start(
-    cfg: Knobs, report: Report, warnings: list[str], workers: Workers, ranks: int
+    cfg: Knobs, report: Report, warnings: list[str], workers: Workers, ranks: int, again: bool
 ) -> None:
-    """Lines that say what runs where, and the config event."""
+    """Lines that say what runs where, and the config event unless the run has one: `again`."""
     if on_cpu() and not MLX_COMPILES:
         warnings = [*warnings, "no g++: MLX's CPU kernels run uncompiled, which is slower"]
     for warning in warnings:
@@ -4150,7 +4545,11 @@ def describe_start(
         "blas_used": BLAS_NAME if on_cpu() else "not used", "workers_used": workers.count,
         "ranks": ranks, "gflops": gigaflops(workers),
     }  # fmt: skip
-    report.event({"event": "config", **dataclasses.asdict(cfg), **machine}, *CONFIG_LINES)
+    if again:
+        for line in CONFIG_LINES:
+            report.line(line.format(**vars(cfg), **machine))
+    else:
+        report.event({"event": "config", **dataclasses.asdict(cfg), **machine}, *CONFIG_LINES)
 
 
 def estimate_memory(
@@ -4211,58 +4610,79 @@ def new_packer(trainer: Trainer, tokenizer: Tokenizer) -> Packer | None:
     return Packer(trainer.data, tokenizer, cfg, budget, trainer.workers)
 
 
-def export(trainer: Trainer, report: Report, packer: Packer | None, tokenizer: Tokenizer) -> Event:
-    """Keep the averaged float weights, then write the artifact; returns the export event."""
-    cfg, packed, seconds = trainer.cfg, None, trainer.elapsed_s
+def export(
+    trainer: Trainer, report: Report, packer: Packer | None, tokenizer: Tokenizer,
+    overlap: tuple[int, int],
+) -> Event:  # fmt: skip
+    """Write the averaged float weights and the artifact; returns the export event."""
+    cfg, packed, folder = trainer.cfg, packer and packer.finish(), report.folder
     meta = {"knobs": json.dumps(dataclasses.asdict(cfg)), "tokenizer_sha256": tokenizer.sha256}
-    mx.save_safetensors(str(report.folder / "model.safetensors"), trainer.average, meta)
-    if packer:
-        if packer.thread.is_alive():
-            report.line("packing goes on until its bytes or MAX_WALLCLOCK_SECONDS are used up")
-        begin, packed = time.perf_counter(), packer.finish()
-        seconds += time.perf_counter() - begin if cfg.max_wallclock_seconds else packer.seconds
+    with whole_file(folder / "model.safetensors") as part:
+        mx.save_safetensors(str(part), trainer.average, meta)
+    if packed:
         report.line(f"packed {packed.token_count:,} tokens of training text into "
                     f"{len(packed.code):,} bytes in {packer.seconds:.0f} s")  # fmt: skip
-    path = report.folder / "artifact.bin"
-    sizes = write_artifact(path, trainer.average, trainer.groups, cfg, tokenizer, packed)
+    path = folder / "artifact.bin"
+    net = trainer.average, trainer.groups
+    sizes = write_artifact(path, *net, cfg, tokenizer, packed, overlap)
     trained = trainer.step * trainer.tokens_per_step
-    return {**sizes, "pack_seconds": packer.seconds if packer else 0.0, "train_seconds": seconds,
+    return {**sizes, "pack_seconds": packer.seconds if packer else 0.0,
+            "artifact_sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
             "train_steps": trainer.step, "train_tokens": trained,
             "tok_s": trained / max(trainer.elapsed_s, 1e-9)}  # fmt: skip
 
 
 def train_to_artifact(
-    trainer: Trainer, report: Report, text: ValidationText, tokenizer: Tokenizer
-) -> tuple[Event, LogisticMixer | None]:
-    """Train and pack, then export: (sizes and counts, the primed mixer), on rank 0 alone."""
-    cfg = trainer.cfg
+    trainer: Trainer, report: Report, text: ValidationText, tokenizer: Tokenizer, keeper: Keeper,
+    packer: Packer | None,
+) -> Event:  # fmt: skip
+    """Train and pack, then export: sizes and counts, on rank 0 alone."""
+    cfg, first = trainer.cfg, not trainer.cfg.max_wallclock_seconds
 
     def validate(trainer: Trainer) -> None:
         args = trainer.model, trainer.average, text, tokenizer, cfg, trainer.workers
         report.event({"event": "val", "step": trainer.step, **score_net(*args)}, VAL_LINE)
 
-    trainer.warm_up()
-    packer = new_packer(trainer, tokenizer)
     if packer:
-        if not cfg.max_wallclock_seconds:
+        if first:
             report.line("packing text first, as there is no MAX_WALLCLOCK_SECONDS to share")
-        elif cfg.resume:
-            left = max(cfg.max_wallclock_seconds - trainer.elapsed_s, 0)
-            report.line(f"packing starts anew, with {left:.0f} s of MAX_WALLCLOCK_SECONDS left")
-        packer.start(trainer.elapsed_s)
-    train(trainer, report, validate)
+        packer.start(trainer.elapsed_s, keeper)
+    if not train(trainer, report, validate, keeper) and packer:
+        packer.deadline = 0.0
+    keeper.save()  # from here on nothing of the training can be lost
     if trainer.ranks.rank:
-        return {}, None
-    validate(trainer)
-    made = export(trainer, report, packer, tokenizer)
-    return made, packer.mixer if packer else None
+        return {}
+    if last_record(report.folder, "val").get("step") != trainer.step:
+        validate(trainer)
+    seconds, begin = trainer.elapsed_s, time.perf_counter()
+    if packer:
+        if packer.thread.is_alive():
+            report.line("packing goes on until its bytes or MAX_WALLCLOCK_SECONDS are used up")
+        packer.wait(keeper)
+        seconds += packer.seconds if first else time.perf_counter() - begin
+        keeper.save(together=False)
+    made = export(trainer, report, packer, tokenizer, text.overlap)
+    return {**made, "train_seconds": seconds}
 
 
-def resume(trainer: Trainer, report: Report) -> None:
-    """Go on from the checkpoint in the run's folder."""
-    saved = report.folder / CHECKPOINT
-    found = read_checkpoint(saved, trainer.state(), trainer.cfg, trainer.data.fingerprint())
-    trainer.set_state(*found)
+def resume(
+    trainer: Trainer, packer: Packer | None, saved: tuple[State, dict], text: str
+) -> Iterator[str]:
+    """Go on from a checkpoint; yields lines that say from where."""
+    state, facts = saved
+    check_same_run(facts, state, trainer.state(), trainer.cfg, text)
+    arrays, counters = state
+    like = trainer.state()[0]  # its order is the artifact's
+    same = {kind: {name: arrays[kind][name] for name in tree} for kind, tree in like.items()}
+    trainer.set_state(same, counters)
+    yield f"goes on from step {trainer.step}"
+    for name, value in knobs_of(trainer.cfg, "rate").items():
+        was = facts["knobs"][name.upper()]
+        if was != as_text(value):
+            yield f"{name.upper()} was {was}, and is {as_text(value)} from here on"
+    if packer and "packed" in arrays:
+        packer.set_state(arrays["packed"])
+        yield f"and from {packer.count:,} packed tokens"
 
 
 def train_mode(cfg: Knobs, warnings: list[str]) -> None:
@@ -4273,40 +4693,115 @@ def train_mode(cfg: Knobs, warnings: list[str]) -> None:
     folder, tokenizer_path, where = ranks.in_turn(lambda: locate_data(cfg))
     tokenizer = load_tokenizer(tokenizer_path)
     check_vocab(cfg, tokenizer)
-    report = Report(None, 0) if ranks.rank else open_report(cfg)
+    with ranks.in_turn(lambda: Report(None, 0) if ranks.rank else open_report(cfg)) as report:
+        kinds = "config", "export", "final"
+        done = last_record(report.folder, *kinds) if report.folder else {}
+        done = {} if done.get("event") == "config" else done  # then it has not ended
+        longer = bool(done) and is_longer(cfg, report.folder)
+        over, longer = ranks.any(bool(done) and not longer, longer)
+        if not over:
+            where = f"{where}; {report.folder} is made longer" if longer else where
+            train_run(
+                cfg, warnings, ranks, report, folder, tokenizer, tokenizer_path, where, longer
+            )
+        elif done.get("event") == "final":
+            say(
+                f"{report.folder} is finished: val_bpb {done.get('val_bpb')}, audit {done['audit']}"
+            )
+            say("a higher ITERATIONS or MAX_WALLCLOCK_SECONDS makes it longer")
+            return
+        else:
+            report.start_writing()
+        if not ranks.rank:
+            score_anew(report, report.folder / "artifact.bin", folder, tokenizer_path)
+
+
+def is_longer(cfg: Knobs, folder: Path) -> bool:
+    """Whether the settings allow a run more steps or time than it had."""
+    had = last_record(folder, "config")
+    limits = ("iterations", "max_wallclock_seconds")
+    return any(0 < had.get(name, 0) < (getattr(cfg, name) or math.inf) for name in limits)
+
+
+def train_run(
+    cfg: Knobs, warnings: list[str], ranks: Ranks, report: Report, folder: Path,
+    tokenizer: Tokenizer, tokenizer_path: Path, where: str, longer: bool,
+) -> None:  # fmt: skip
+    """What `train_mode` does between its folder's opening and the scoring.
+
+    longer: the run had ended; its records stay, and those of another end follow.
+    """
+    saved = ranks.in_turn(lambda: report.folder and read_checkpoint(report.folder))
     report.line(where)
     with make_workers(cfg, int(ranks.same(platform.node()).sum()), ranks.count) as workers:
-        describe_start(cfg, report, warnings, workers, ranks.count)
+        describe_start(cfg, report, warnings, workers, ranks.count, bool(saved) and not longer)
         shards, seq_len = find_shards(folder, "train"), cfg.train_seq_len
         data = TrainWindows(shards, seq_len, cfg.seed, tokenizer.vocab)
-        settings = knobs_of(cfg, "run", *KEPT_SCOPES)
-        ranks.check_same(f"{settings} {tokenizer.sha256} {data.fingerprint()}")
+        written = f"{data.fingerprint()} {tokenizer.sha256}"
+        ranks.check_same(f"{knobs_of(cfg, 'run', *KEPT_SCOPES)} {written}")
         text = load_validation(folder, tokenizer, cfg.val_max_tokens)
+        ranks.in_turn(lambda: ranks.rank or check_text(cfg, text, data, tokenizer, tokenizer_path))
         trainer = Trainer(GPT(cfg, tokenizer.vocab, tokenizer.bos), cfg, data, workers, ranks)
         for line in describe_training(trainer, text):
             report.line(line)
-        if cfg.resume:
-            ranks.in_turn(lambda: ranks.rank or resume(trainer, report))
+        packer = new_packer(trainer, tokenizer)
+        lines = resume(trainer, packer, saved, written) if saved else ()
+        for line in ranks.in_turn(lambda: list(lines)):
+            report.line(line)
+        report.begin(None if longer else saved[1]["sizes"] if saved else {})
         trainer.follow_rank_0()
-        made, mixer = train_to_artifact(trainer, report, text, tokenizer)
-    if ranks.rank:
-        return
-    report.event({**made, "tokenizer_bytes": tokenizer_path.stat().st_size}, EXPORT_LINE)
-    path = report.folder / "artifact.bin"
-    if mixer and cfg.audit:
-        with make_workers(cfg) as workers:  # as the scoring program makes them: rows must be equal
-            scoring = Scoring.load(cfg, path, folder, workers)
-            mixer.begin(int(scoring.text.tokens[0]))
-            _, _, nats, coder = scoring.code_message(mixer, "standard", None)
-            scoring.write_message(nats, coder)
-    score_anew(report, path, folder, tokenizer_path)
+        trainer.warm_up()
+        keeper = Keeper(trainer, report, written, packer.state if packer else dict)
+        if longer:
+            keeper.save()  # what the run has reported until now stays
+        with keeper.last_words():
+            made = train_to_artifact(trainer, report, text, tokenizer, keeper, packer)
+            if ranks.rank:
+                return
+            if packer and cfg.audit:
+                write_first_message(cfg, packer.mixer, report.folder / "artifact.bin", folder)
+            size = tokenizer_path.stat().st_size
+            text_facts = {"tokenizer_bytes": size, "val_sha256": text.sha256}
+            report.event({**made, **text_facts}, EXPORT_LINE)
+
+
+def check_text(
+    cfg: Knobs, text: ValidationText, data: TrainWindows, tokenizer: Tokenizer, path: Path
+) -> None:
+    """Find out before training what would make its score worth nothing; notes an overlap.
+
+    path: of the tokenizer. Raises UserError where bytes cannot be counted, AuditFailed where
+    validation text is training text, unless ALLOW_OVERLAP.
+    """
+    count, true = decoded_bytes(path, tokenizer, text.tokens[:EARLY_TOKENS])
+    if count != true:
+        unknown = int(tokenizer.control[text.tokens[:EARLY_TOKENS]].sum())
+        raise UserError(f"TOKENIZER_PATH={path}: its pieces have {count} bytes, the decoded "
+                        f"validation text {true} ({unknown} control or unknown tokens): no score "
+                        "would be valid; take a tokenizer with byte_fallback")  # fmt: skip
+    text.overlap = shared_documents(data, text.tokens, tokenizer.bos)
+    if text.overlap[0] and not cfg.allow_overlap:
+        documents, tokens = text.overlap
+        share = tokens / len(text.tokens)
+        raise AuditFailed("overlap", f"{documents} documents, {share:.2%} of the validation text, "
+                          "are training text too: take them out, or set "
+                          "ALLOW_OVERLAP=1, which every score will say")  # fmt: skip
+
+
+def write_first_message(cfg: Knobs, mixer: LogisticMixer, path: Path, folder: Path) -> None:
+    """Write the message of an artifact by the mixer that has coded its text."""
+    with make_workers(cfg) as workers:  # as the scoring program makes them: rows must be equal
+        scoring = Scoring.load(cfg, path, folder, workers)
+        mixer.begin(int(scoring.text.tokens[0]))
+        _, _, nats, coder = scoring.code_message(mixer, "standard", None)
+        scoring.write_message(nats, coder)
 
 
 def score_anew(report: Report, path: Path, folder: Path, tokenizer_path: Path) -> None:
     """Become a fresh process that scores: its output and its exit status are this run's.
 
-    It runs the script that trained, as people edit theirs meanwhile: this file if it is still the
-    same, as its compiled kernels are at hand, else the copy in the run's folder.
+    It runs the script that trained, as people edit theirs meanwhile: this file if it is the same,
+    as its compiled kernels are at hand, else the copy in the run's folder.
     """
     kept = path.with_name(SCRIPT.name)
     settings = {"EVAL_ONLY": path, "DATA_PATH": folder, "TOKENIZER_PATH": tokenizer_path}
@@ -4315,14 +4810,37 @@ def score_anew(report: Report, path: Path, folder: Path, tokenizer_path: Path) -
     report.line(f"a fresh process scores what is on disk; again: {command}")
     sys.stdout.flush()
     env = {**os.environ, **{name: str(value) for name, value in settings.items()}}
-    os.execve(sys.executable, [sys.executable, str(SCRIPT if script_unchanged() else kept)], env)
+    same = SCRIPT.is_file() and SCRIPT.read_bytes() == kept.read_bytes()
+    os.execve(sys.executable, [sys.executable, str(SCRIPT if same else kept)], env)
+
+
+def unscored_run(scoring: Scoring, warnings: list[str]) -> Event:
+    """The export record of the run whose score this will be: {} if it is nobody's.
+
+    It is a run's if it has none yet, and this is its artifact, its script, its text and its way of
+    scoring.
+    """
+    cfg, path, header = scoring.cfg, scoring.path, scoring.artifact.header["knobs"]
+    kept, made = path.with_name(SCRIPT.name), last_record(path.parent, "export", "final")
+    if not kept.is_file() or kept.read_bytes() != source():
+        if kept.is_file():
+            warnings.append(f"this script is not the one that trained: that is {kept}")
+        return {}
+    same = {
+        "event": "export",
+        "artifact_sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
+        "val_sha256": scoring.text.sha256,
+    }.items() <= made.items()
+    same &= all(header[n.upper()] == as_text(v) for n, v in knobs_of(cfg, "eval").items())
+    if cfg.run_id:
+        same &= (Path(cfg.out_dir) / cfg.run_id).resolve() == path.parent.resolve()
+    return made if same else {}
 
 
 def score_mode(path: Path, env: dict[str, str]) -> None:
     """Score an artifact with its own settings, where the environment has no others, and report.
 
-    An artifact in the folder of a run without a score is reported there, if this is the script that
-    trained it: the score is that run's.
+    The report is the run's whose score this is, or a new one.
     """
     if launched_rank():
         return
@@ -4331,26 +4849,28 @@ def score_mode(path: Path, env: dict[str, str]) -> None:
     cfg, warnings = knobs_from_env(env, kept=artifact.header["knobs"])
     use_device(cfg)
     folder, tokenizer_path, where = locate_data(cfg)
-    kept, made = path.with_name(SCRIPT.name), unscored_export(path.parent)
-    if kept.is_file() and kept.read_bytes() != source():
-        warnings.append(f"this script is not the one that trained: that is {kept}")
-        made = None
-    if cfg.run_id and (Path(cfg.out_dir) / cfg.run_id).resolve() != path.parent.resolve():
-        made = None
-    with make_workers(cfg) as workers:
+    with make_workers(cfg) as workers, contextlib.ExitStack() as stack:
+        scoring = Scoring.load(cfg, path, folder, workers)
+        made = unscored_run(scoring, warnings)
+        report = stack.enter_context(
+            Report(path.parent, cfg.iterations) if made else open_report(cfg)
+        )
+        report.line(where)
+        describe_start(cfg, report, warnings, workers, 1, again=bool(made))
+        final = {
+            **dict.fromkeys(("train_steps", "train_tokens", "train_seconds", "tok_s"), 0),
+            **export_event(path, artifact.params, artifact.packed), **made, "event": "final",
+            "device": machine_kind(), "mlx_version": mx.__version__, "preset": cfg.preset,
+            "seed": cfg.seed, "val_sha256": scoring.text.sha256, "ended": time.time(),
+            "tokenizer_sha256": artifact.tokenizer.sha256,
+            "val_overlap": artifact.header.get("overlap"),
+        }  # fmt: skip
         if made:
-            report = Report(path.parent, cfg.iterations)
-        else:
-            report = open_report(cfg)
-            report.line(where)
-            describe_start(cfg, report, warnings, workers, 1)
-            made = export_event(path, artifact.params, artifact.packed)
-            made |= dict.fromkeys(("train_steps", "train_tokens", "train_seconds", "tok_s"), 0)
-        final = {**made, "event": "final", "device": machine_kind(), "mlx_version": mx.__version__}
+            report.start_writing()
         try:
-            scoring = Scoring.load(cfg, path, folder, workers)
             report_score(report, scoring, final, folder, tokenizer_path)
         except AuditFailed as error:
+            report.event({"event": "audit", "audit": "fail", "lines": [str(error)]})
             report.event({**final, "audit": "fail", "audit_failure": str(error)})
             report.line(str(error))
             raise
@@ -4361,22 +4881,30 @@ def report_score(
 ) -> None:
     """Audit and score in every mode asked for; a record of each, and the final one."""
     cfg, lines = scoring.cfg, []
+    audit = Audit(scoring)
+    if tokenizer_path:
+        audit.same_tokenizer(tokenizer_path)
+    if report.early is not None:
+        report.begin()
     if cfg.audit:
-        lines += Audit(scoring).run(folder, tokenizer_path)
+        lines += audit.run(folder, tokenizer_path)
     modes = ("standard", "sliding") if cfg.eval_mode == "both" else (cfg.eval_mode,)
     evals = []
     for mode in modes:
         event, line = scoring.score(mode)
         evals.append(event)
         lines += [line] if line else []
-    audit = "pass" if cfg.audit else "off"
+    if cfg.audit:
+        lines += audit.stated_bytes(evals[-1]["val_bytes"])
+    label = audit.label(lines) if cfg.audit else "off"
     for line in lines:
         report.line(f"audit: {line}")
-    report.event({"event": "audit", "audit": audit, "lines": lines})
+    report.event({"event": "audit", "audit": label, "lines": lines})
     for event in evals:
         report.event({"event": "eval", **event}, *ROUNDTRIP_LINES)
     seconds = sum(e["eval_time_ms"] / 1000 + e["prime_seconds"] for e in evals)
-    final = {**final, **evals[-1], "event": "final", "audit": audit, "eval_seconds": seconds}
+    final = {**final, **evals[-1], "event": "final", "audit": label, "eval_seconds": seconds,
+             "message": scoring.message}  # fmt: skip
     report.event({**final, "peak_memory_bytes": peak_memory()}, FINAL_LINE)
     report.line(f"everything is in {report.folder}")
 

@@ -136,10 +136,10 @@ SPOILED = {
 @pytest.mark.parametrize("spoil", SPOILED.values(), ids=SPOILED)
 def test_broken_shards_are_named(tmp_path, spoil):
     path = write_shard(tmp_path / "x_train_000000.bin", range(50))
-    assert t.open_shard(path).tolist() == list(range(50))
+    assert t.Shard(path)[:].tolist() == list(range(50))
     path.write_bytes(spoil(path.read_bytes()))
     with pytest.raises(t.UserError, match=r"x_train_000000\.bin"):
-        t.open_shard(path)
+        t.Shard(path)
 
 
 def tokenizer_of(vocab: int, bos: int = 1):

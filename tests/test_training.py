@@ -90,7 +90,7 @@ def test_a_step_has_the_gradients_of_the_whole_batch_however_it_is_cut(make_trai
     # 5 windows, so that pieces are of unequal size
     trainer = make_trainer(TRAIN_BATCH_TOKENS=85, COMPLEMENT_ALPHA=0.9, **env)
     rows = trainer.data.step(0, 5)
-    weights = brute_force_weights(trainer.data.shards, rows, 0.9)
+    weights = brute_force_weights([s[:] for s in trainer.data.shards], rows, 0.9)
     loss, grads = plain_gradients(trainer, trainer.params, weights)
     event = trainer.take_step()
     assert abs(event["train_loss"] - loss) < 1e-5
@@ -288,7 +288,7 @@ def test_complementary_weights_equal_counting(tmp_path, rng, vocab, alpha):
     weights = t.complementary_weights(table[rows[:, :-1], rows[:, 1:]], alpha)
     assert weights.shape == (12, 16)
     assert abs(weights.mean(dtype=np.float64) - 1) < 1e-6
-    expected = brute_force_weights([t.open_shard(path) for path in paths], rows, alpha)
+    expected = brute_force_weights([t.Shard(path)[:] for path in paths], rows, alpha)
     assert np.abs(weights - expected).max() < 1e-5
     assert (weights.std() > 0.02) == (alpha > 0)
 
@@ -299,15 +299,16 @@ def test_complementary_weights_equal_counting(tmp_path, rng, vocab, alpha):
 
 def save(trainer, folder) -> Path:
     """Write the trainer's checkpoint."""
-    path = folder / "checkpoint" / "state.safetensors"
-    t.write_checkpoint(path, trainer.state(), trainer.cfg, trainer.data.fingerprint())
-    return path
+    keeper = t.Keeper(trainer, t.Report(folder, 0), trainer.data.fingerprint(), dict)
+    with keeper.report:
+        keeper.save()
+    return t.checkpoint_files(folder)[0]
 
 
 def resume(trainer, path) -> None:
     """Let the trainer go on from a checkpoint."""
-    text = trainer.data.fingerprint()
-    trainer.set_state(*t.read_checkpoint(path, trainer.state(), trainer.cfg, text))
+    saved = t.read_checkpoint(path.parent.parent)
+    list(t.resume(trainer, None, saved, trainer.data.fingerprint()))
 
 
 def check_last_state(trainer, step: int, folder) -> None:
@@ -323,7 +324,8 @@ def test_a_checkpoint_of_other_text_is_refused(make_trainer, tmp_path):
     trainer = make_trainer()
     path = save(trainer, tmp_path)
     resume(make_trainer(), path)
-    trainer.data.shards[1] = trainer.data.shards[1][::-1]  # as many tokens, but others
+    other = trainer.data.shards[1][:]
+    trainer.data.shards[1] = other[::-1]  # as many tokens, but others
     with pytest.raises(t.UserError, match="training text"):
         resume(trainer, path)
 
@@ -337,7 +339,7 @@ def test_a_gradient_that_is_not_finite_stops_the_run_at_the_state_before(
     before, opt = arrays(trainer.params), arrays(trainer.opt)
     whole = t.complementary_weights
     monkeypatch.setattr(t, "complementary_weights", lambda *a: whole(*a) * np.float32(bad))
-    with pytest.raises(t.RunFailed, match=r"step 2: loss [\d.]+, gradient norm (nan|inf)"):
+    with pytest.raises(t.Diverged, match=r"step 2: loss [\d.]+, gradients that are not finite: \w"):
         trainer.take_step()
     check_last_state(trainer, 1, tmp_path)
     assert same(trainer.params, before)
@@ -382,8 +384,8 @@ def test_a_resumed_run_equals_an_uninterrupted_one(make_trainer, tmp_path, env):
 def test_other_settings_cannot_take_over_a_checkpoint(make_trainer, tmp_path):
     path = save(make_trainer(), tmp_path)
     resume(make_trainer(ITERATIONS=9, MAX_WALLCLOCK_SECONDS=7), path)
-    with pytest.raises(t.UserError, match=r"MATRIX_LR was 0\.02, not 0\.05"):
-        resume(make_trainer(MATRIX_LR=0.05), path)
+    with pytest.raises(t.UserError, match=r"EMA_DECAY was 0\.\d+, not 0\.5"):
+        resume(make_trainer(EMA_DECAY=0.5), path)
 
 
 def test_another_tokenizers_checkpoint_is_refused(make_trainer, tmp_path):
@@ -401,7 +403,7 @@ DAMAGE = {
     "cut header": lambda raw: raw[:500],
     "cut tensors": lambda raw: raw[:-1],
     "no JSON": lambda raw: raw[:8] + b"\0" * 40 + raw[48:],
-    "no counters": lambda raw: raw.replace(b'"state":', b'"other":'),
+    "no counters": lambda raw: raw.replace(b"counters", b"pointers"),
     "a counter short": lambda raw: raw.replace(b"elapsed_s", b"elapsed_t"),
     "a tensor short": lambda raw: raw.replace(b"opt:m/tok_emb", b"opt:m/tok_emc"),
 }
@@ -432,7 +434,7 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before(
         raise RuntimeError("no space left")
 
     monkeypatch.setattr(t.mx, "save_safetensors", full_disk)
-    with pytest.raises(RuntimeError, match="no space"):
+    with pytest.raises(t.RunFailed, match="no space"):
         save(trainer, tmp_path)
     again = make_trainer()
     resume(again, path)
@@ -455,7 +457,7 @@ def test_quantised_training_uses_the_artifacts_weights_straight_through(make_tra
     rows, blobs = t.pack_tensors(params, trainer.groups, trainer.cfg)
     stored = t.unpack_tensors(rows, b"".join(blobs))
     tokens = trainer.data.step(0, trainer.windows)
-    weights = brute_force_weights(trainer.data.shards, tokens, 0.5)
+    weights = brute_force_weights([s[:] for s in trainer.data.shards], tokens, 0.5)
     quantised, grads = plain_gradients(trainer, stored, weights)
     plain, _ = plain_gradients(trainer, params, weights)
     assert abs(quantised - plain) > 1e-3

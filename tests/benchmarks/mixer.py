@@ -97,7 +97,7 @@ def main() -> None:
     cfg, _ = t.knobs_from_env({**os.environ, "PRESET": "cpu"})
     folder, tokenizer, _ = t.locate_data(cfg)
     tokens = t.load_tokenizer(tokenizer)
-    train = np.concatenate([t.open_shard(p) for p in t.find_shards(folder, "train")])
+    train = np.concatenate([t.Shard(p)[:] for p in t.find_shards(folder, "train")])
     train = train.astype(np.int32)
     val, _ = t.load_validation(t.find_shards(folder, "val"), tokens, cfg.val_max_tokens)
     with t.make_workers(cfg) as workers:
