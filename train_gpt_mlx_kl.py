@@ -161,6 +161,15 @@ class Interrupts:
         if self.asked:
             raise Interrupted(self.asked)
 
+    @contextlib.contextmanager
+    def free(self) -> Iterator[None]:
+        """Inside `held`: let what is inside be cut short."""
+        self.holding = False
+        try:
+            yield
+        finally:
+            self.holding = True
+
 
 interrupts = Interrupts()
 
@@ -215,13 +224,17 @@ class Knobs:
     workers: int = knob(0, "CPU streams that share a step; 0: one per core", "run", hi=256)
     iterations: int = knob(20_000, "steps at most; 0: no limit", "run")
     max_wallclock_seconds: float = knob(600.0, "seconds of training at most; 0: no limit", "run")
-    warmup_steps: int = knob(20, "steps run and thrown away before the clock starts", "run")
+    warmup_steps: int = knob(
+        20, "steps run and thrown away before the clock starts", "run", hi=10_000
+    )
     warmdown_iters: int = knob(3500, "last steps, over which the learning rate falls to 0", "run")
     train_log_every: int = knob(200, "steps between train lines; 0: none", "run")
     grad_accum_steps: int = knob(8, "microbatches per step and worker, at least", "run", lo=1)
     mlx_max_microbatch_tokens: int = knob(8192, "tokens per microbatch, at most", "run", lo=1)
     mlx_eager_eval: bool = knob(True, "one worker: compute each microbatch before the next", "run")
-    logit_chunk_tokens: int = knob(0, "tokens per pass of the vocabulary head; 0: all", "run")
+    logit_chunk_tokens: int = knob(
+        0, "tokens per pass of the vocabulary head; 0: all", "run", hi=1 << 30
+    )
 
     data_path: str = knob("", "folder of *_{train,val}_*.bin; empty: FineWeb or stdlib", "data")
     tokenizer_path: str = knob("", "SentencePiece .model; empty: what fits DATA_PATH", "data")
@@ -229,8 +242,9 @@ class Knobs:
     vocab_size: int = knob(0, "pieces; 0: what the tokenizer has", "data", hi=65536)
 
     seed: int = knob(1337, "seed of weights and data order", "train", hi=2**31 - 1)
-    train_batch_tokens: int = knob(524_288, "tokens per step", "train", lo=1)
-    train_seq_len: int = knob(1024, "tokens per window", "train", lo=2, alias="TRAIN_MAX_SEQ_LEN")
+    train_batch_tokens: int = knob(524_288, "tokens per step", "train", lo=1, hi=1 << 26)
+    train_seq_len: int = knob(1024, "tokens per window", "train", lo=2, hi=1 << 16,
+                              alias="TRAIN_MAX_SEQ_LEN")  # fmt: skip
     complement_alpha: float = knob(0.5, "a: loss weights 1 - a * P(target | token)", "train", hi=1)
     tied_embed_init_std: float = knob(0.005, "std of the token embedding at start", "train")
     qk_gain_init: float = knob(1.5, "factor on the normalised queries at start", "train", hi=10)
@@ -293,12 +307,16 @@ class Knobs:
                                 choices="kneser-ney laplace", needs="MIXER=backoff")  # fmt: skip
     audit: bool = knob(True, "prove the score: causal, normalised, decodable", "eval")
     val_loss_every: int = knob(0, "steps between validations while training; 0: none", "eval")
-    val_batch_size: int = knob(16_384, "tokens per batch of those validations", "eval", lo=1)
+    val_batch_size: int = knob(
+        16_384, "tokens per batch of those validations", "eval", lo=1, hi=1 << 26
+    )
     val_max_tokens: int = knob(0, "score to the last document's end in so many; 0: all", "eval")
     eval_mode: str = knob("sliding", "the final score", "eval", choices="standard sliding both")
-    eval_seq_len: int = knob(0, "tokens per window; 0: TRAIN_SEQ_LEN", "eval")
-    eval_stride: int = knob(64, "tokens that a sliding window advances, at most", "eval", lo=1)
-    eval_batch_seqs: int = knob(16, "windows per batch", "eval", lo=1)
+    eval_seq_len: int = knob(0, "tokens per window; 0: TRAIN_SEQ_LEN", "eval", hi=1 << 16)
+    eval_stride: int = knob(
+        64, "most tokens that a sliding window advances", "eval", lo=1, hi=1 << 16
+    )
+    eval_batch_seqs: int = knob(16, "windows per batch", "eval", lo=1, hi=4096)
 
 
 PRESETS = {
@@ -457,6 +475,9 @@ def check_together(cfg: Knobs) -> list[str]:
             cfg.train_batch_tokens >= cfg.train_seq_len,
         "ITERATIONS=0 and MAX_WALLCLOCK_SECONDS=0 together never stop: set one":
             cfg.iterations > 0 or cfg.max_wallclock_seconds > 0,
+        "ENGRAM_N_HEADS={engram_n_heads} tables of ENGRAM_HASH_SIZE={engram_hash_size} rows and "
+        "ENGRAM_EMBED_DIM={engram_embed_dim} columns fit into no artifact":
+            2 * cfg.engram_n_heads * cfg.engram_hash_size * cfg.engram_embed_dim <= 1 << 28,
         "RUN_ID={run_id}: use letters, digits and . _ + = -, the first no sign":
             re.fullmatch(r"(\w[\w.+=-]*)?", cfg.run_id),
         "RESUME=1 needs RUN_ID: which run should go on?": cfg.run_id or not cfg.resume,
@@ -1244,10 +1265,10 @@ def open_report(cfg: Knobs) -> Report:
     return Report(folder, cfg.iterations)
 
 
-def last_record(folder: Path, *kinds: str) -> Event:
+def last_record(folder: Path | None, *kinds: str) -> Event:
     """The newest record of these kinds in a run's metrics.jsonl; {} if there is none."""
-    found, log = {}, folder / "metrics.jsonl"
-    for text in log.read_text().splitlines() if log.is_file() else ():
+    found, log = {}, folder and folder / "metrics.jsonl"
+    for text in log.read_text().splitlines() if log and log.is_file() else ():
         with contextlib.suppress(ValueError):  # a line that was cut short
             record = json.loads(text)
             found = record if record["event"] in kinds else found
@@ -1792,6 +1813,16 @@ class GPT(nn.Module):
         return logits.reshape(x.shape[0], last, -1)
 
 
+def least_parameters(cfg: Knobs, vocab: int) -> int:
+    """Numbers in the large tensors of a GPT with these settings."""
+    width, rows = cfg.model_dim, cfg.engram_hash_size
+    blocks = cfg.num_layers * width**2 * (2 + 2 * cfg.mlp_mult)
+    tables = 2 * cfg.engram_n_heads * rows * cfg.engram_embed_dim
+    if not cfg.engram_lite_enabled:
+        tables = cfg.bigram_hash_size * vocab
+    return vocab * (width + cfg.skipgram_hash_size) + blocks + tables
+
+
 # ==================================================================================================
 # OPTIMIZERS: one table says, for every parameter, who updates it, how fast, and how it is stored
 # ==================================================================================================
@@ -1978,15 +2009,26 @@ def compress(raw: bytes) -> tuple[bytes, str]:
     return brotli.compress(raw, quality=11, lgwin=24), "brotli"
 
 
+MODEL_MOST = 1 << 29  # bytes that the compressed model may become
+
+
 def decompress(path: Path, model: bytes) -> bytes:
     """The inverse of `compress`. Raises UserError where the file needs a missing package."""
     if model.startswith(LZMA_MAGIC):
-        return lzma.decompress(model)
+        return lzma.LZMADecompressor(memlimit=1 << 30).decompress(model, MODEL_MOST)
     try:
         import brotli
     except ImportError:
         raise UserError(f"{path}: compressed by brotli: pip install brotli") from None
-    return brotli.decompress(model)
+    decompressor, out = brotli.Decompressor(), bytearray()
+    for at in range(0, len(model), 4096):  # in pieces: a small file may become gigabytes
+        try:
+            out += decompressor.process(model[at : at + 4096])
+        except brotli.error as error:
+            raise ValueError(str(error)) from None
+        if len(out) > MODEL_MOST:
+            raise ValueError(f"it becomes more than {MODEL_MOST:,} bytes")
+    return bytes(out)
 
 
 def pack_tensors(params: Arrays, groups: dict[str, Group], cfg: Knobs) -> tuple[list, list[bytes]]:
@@ -2005,24 +2047,35 @@ def pack_tensors(params: Arrays, groups: dict[str, Group], cfg: Knobs) -> tuple[
 
 
 def unpack_tensors(rows: list, raw: bytes) -> Arrays:
-    """The inverse of `pack_tensors`, up to quantisation."""
+    """The inverse of `pack_tensors`, up to quantisation. Raises ValueError, TypeError."""
     out, at = {}, 0
     for name, shape, bits in rows:
+        if name in out or not all(type(n) is int and n > 0 for n in shape):
+            raise ValueError(f"tensor {name} of shape {shape}")
         size = math.prod(shape)
+        need = size + 2 * shape[0] if bits else 4 * size
+        if at + need > len(raw) or (bits and len(shape) != 2):
+            raise ValueError(f"{name} of shape {shape} is longer than the file")
         if bits:
             codes = np.frombuffer(raw, np.int8, size, at).reshape(shape).astype(np.float32)
             scales = np.frombuffer(raw, "<u2", shape[0], at + size).astype(np.uint32) << 16
-            out[name] = mx.array(codes * scales.view(np.float32)[:, None])
-            at += size + 2 * shape[0]
+            values = codes * scales.view(np.float32)[:, None]
         else:
-            out[name] = mx.array(np.frombuffer(raw, "<f4", size, at).reshape(shape))
-            at += 4 * size
+            values = np.frombuffer(raw, "<f4", size, at).reshape(shape)
+        if not np.isfinite(values).all():
+            raise ValueError(f"{name} is not finite")
+        out[name], at = mx.array(values), at + need
+    if at != len(raw):
+        raise ValueError(f"{len(raw) - at} bytes behind the tensors")
     return out
 
 
 def checksum(version: int, model_size: int, body: bytes) -> bytes:
     """SHA-256 of all that an artifact holds after its magic number."""
     return hashlib.sha256(struct.pack("<HQ", version, model_size) + body).digest()
+
+
+PACKED_TOKENS_MOST = 40_000_000  # about 25 M fill an artifact
 
 
 @dataclass(frozen=True)
@@ -2117,7 +2170,10 @@ def read_artifact(path: Path) -> Artifact:
     """Read an artifact. Raises UserError naming what is wrong."""
     if not path.is_file():
         raise UserError(f"EVAL_ONLY={path}: no such file")
-    blob = path.read_bytes()
+    try:
+        blob = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"EVAL_ONLY={path}: {error.strerror}") from None
     if len(blob) < PREFIX.size or blob[: len(MAGIC)] != MAGIC:
         raise UserError(f"{path}: not an artifact of this script")
     _, version, digest, model_size = PREFIX.unpack_from(blob)
@@ -2126,19 +2182,43 @@ def read_artifact(path: Path) -> Artifact:
         raise UserError(f"{path}: format version {version}; this script reads {FORMAT_VERSION}")
     if checksum(version, model_size, body) != digest:
         raise UserError(f"{path}: cut short or altered (its checksum does not fit): copy it again")
-    raw = decompress(path, body[:model_size])
+    try:
+        return parse_artifact(path, decompress(path, body[:model_size]), body[model_size:])
+    except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError,
+            MemoryError, struct.error, lzma.LZMAError) as error:  # fmt: skip
+        raise UserError(f"{path}: made by hand? {type(error).__name__}: {error}") from None
+
+
+def parse_artifact(path: Path, raw: bytes, code: bytes) -> Artifact:
+    """Make sense of the model, decompressed, and the packed text's code.
+
+    Nobody vouches for what is in them: nothing is allocated or used that the bytes and the bounds
+    of knobs do not allow. Raises UserError, or what Python raises for things of a wrong kind.
+    """
     (length,) = struct.unpack_from("<I", raw)
     header = json.loads(raw[4 : 4 + length])
     check_kept(header["knobs"], path)
     facts = dict(header["tokenizer"])
     vocab, at = facts.pop("vocab"), 4 + length
+    if not (type(vocab) is int and 0 < vocab <= 1 << 16 and type(facts["bos"]) is int):
+        raise ValueError(f"a vocabulary of {vocab}, BOS {facts['bos']}")
+    if not (-1 <= facts["bos"] < vocab and type(facts["dummy_prefix"]) is bool):
+        raise ValueError(f"BOS {facts['bos']}, dummy prefix {facts['dummy_prefix']}")
+    documents, tokens = header.get("overlap", (0, 0))
+    if not (type(documents) is type(tokens) is int and 0 <= documents <= tokens):
+        raise ValueError(f"an overlap of {documents} documents")
     sizes = np.frombuffer(raw, "<u2", vocab, at)
     flags = np.frombuffer(raw, np.uint8, vocab, at + 2 * vocab)
     tokenizer = Tokenizer(sizes, (flags & 1) > 0, (flags & 2) > 0, **facts)
     packed, at = None, at + 3 * vocab
     if "packed" in header:
         leaf = np.frombuffer(raw, "<u2", vocab, at).astype(np.int64)
-        packed = PackedText(leaf, *header["packed"], body[model_size:])
+        count, digest = header["packed"]
+        if not (type(count) is int and 0 <= count <= PACKED_TOKENS_MOST):
+            raise ValueError(f"{count} packed tokens")
+        if leaf.max() >= 1 << max(vocab - 1, 1).bit_length() or len(np.unique(leaf)) < vocab:
+            raise ValueError("two tokens at one leaf of the mixer's tree")
+        packed = PackedText(leaf, count, str(digest), code)
         at += 2 * vocab
     return Artifact(header, tokenizer, unpack_tensors(header["tensors"], raw[at:]), packed)
 
@@ -2669,30 +2749,39 @@ def train(
     def due(every: int) -> bool:
         return bool(every) and trainer.step % every == 0
 
-    validated = last_record(report.folder, "val").get("step") if report.folder else None
-    while not trainer.finished():
-        if due(cfg.val_loss_every) and trainer.step not in (0, validated) and ranks.rank == 0:
-            validate(trainer)
+    validated, agreed = last_record(report.folder, "val").get("step"), False
+    try:
         with interrupts.held():
-            event = trainer.take_step()
-            left = remaining_steps(trainer.step, trainer.elapsed_s, cfg)
-            soon = trainer.step == 20 or (trainer.step == 1 and left < 20)
-            if soon and left < cfg.warmdown_iters:
-                warning = f"warning: WARMDOWN_ITERS={cfg.warmdown_iters}, but only about "
-                report.line(f"{warning}{left:.0f} steps are left: the learning rate falls now")
-            if due(cfg.train_log_every) or (cfg.train_log_every and trainer.step <= 5):
-                report.event(event, TRAIN_LINE)
-            save = due(cfg.checkpoint_every) or keeper.due()
-            stop, save = ranks.any(bool(interrupts.asked), save)  # each rank has its own clock
-            if stop and cfg.export_on_interrupt:
-                interrupts.asked = 0
-                report.line(f"stopped at step {trainer.step}: EXPORT_ON_INTERRUPT=1 exports it")
-                return False
-            if stop and not interrupts.asked:
-                raise RunFailed("another rank was asked to stop")
-            if save and not stop:
-                keeper.save()
+            while not trainer.finished():
+                if due(cfg.val_loss_every) and trainer.step not in (0, validated) and report.folder:
+                    with interrupts.free():
+                        validate(trainer)
+                report_step(trainer, report, trainer.take_step())
+                # Each rank has a clock of its own.
+                save = due(cfg.checkpoint_every) or keeper.due()
+                agreed, save = ranks.any(bool(interrupts.asked), save)
+                if agreed:
+                    raise Interrupted(interrupts.asked or signal.SIGTERM)
+                if save:
+                    keeper.save()
+    except Interrupted:
+        if not cfg.export_on_interrupt or (ranks.count > 1 and not agreed):
+            raise
+        interrupts.asked = 0
+        report.line(f"stopped at step {trainer.step}: EXPORT_ON_INTERRUPT=1 exports it")
+        return False
     return True
+
+
+def report_step(trainer: Trainer, report: Report, event: Event) -> None:
+    """Log a step, if TRAIN_LOG_EVERY says so, and warn once where the warm-down has begun early."""
+    cfg, step = trainer.cfg, trainer.step
+    left = remaining_steps(step, trainer.elapsed_s, cfg)
+    if (step == 20 or (step == 1 and left < 20)) and left < cfg.warmdown_iters:
+        warning = f"warning: WARMDOWN_ITERS={cfg.warmdown_iters}, but only about "
+        report.line(f"{warning}{left:.0f} steps are left: the learning rate falls now")
+    if cfg.train_log_every and (step % cfg.train_log_every == 0 or step <= 5):
+        report.event(event, TRAIN_LINE)
 
 
 # ==================================================================================================
@@ -3941,7 +4030,6 @@ def new_context_model(
 # ==================================================================================================
 
 PACK_CHUNK = 1 << 14  # tokens per call of the kernel
-CONSIDERED_TOKENS = 40_000_000  # of the training text; about 25 M fill an artifact
 TREE_TOKENS = 2_000_000  # that the mixer's tree is made of
 MESSAGE_TOKENS = 256  # of validation text, coded by the mixer that packed: see EVALUATION
 
@@ -3997,7 +4085,7 @@ class Packer:
 
     def pack(self) -> None:
         """Code the training text, chunk by chunk, until it, the bytes or the time run out."""
-        parts, left = [], CONSIDERED_TOKENS
+        parts, left = [], PACKED_TOKENS_MOST
         for path, shard in zip(self.data.paths, self.data.shards, strict=True):
             parts.append(check_ids(shard[:left], self.tokenizer.vocab, path))
             left -= len(parts[-1])
@@ -4263,6 +4351,9 @@ class Scoring:
         check_vocab(cfg, tokenizer)
         if cfg.mixer == "logistic" and not artifact.packed:
             raise UserError(f"MIXER=logistic: {path} was made with MIXER={made_with['MIXER']}")
+        held = sum(p.size for p in artifact.params.values())
+        if least_parameters(cfg, tokenizer.vocab) > held:
+            raise UserError(f"{path}: its settings ask for more parameters than its {held:,}")
         quick = dataclasses.replace(cfg, use_ortho_init=False)  # its first weights are not used
         model = GPT(quick, tokenizer.vocab, tokenizer.bos)
         try:
@@ -4695,7 +4786,7 @@ def train_mode(cfg: Knobs, warnings: list[str]) -> None:
     check_vocab(cfg, tokenizer)
     with ranks.in_turn(lambda: Report(None, 0) if ranks.rank else open_report(cfg)) as report:
         kinds = "config", "export", "final"
-        done = last_record(report.folder, *kinds) if report.folder else {}
+        done = last_record(report.folder, *kinds)
         done = {} if done.get("event") == "config" else done  # then it has not ended
         longer = bool(done) and is_longer(cfg, report.folder)
         over, longer = ranks.any(bool(done) and not longer, longer)
@@ -4856,6 +4947,12 @@ def score_mode(path: Path, env: dict[str, str]) -> None:
             Report(path.parent, cfg.iterations) if made else open_report(cfg)
         )
         report.line(where)
+        if not made:
+            chosen = ("AUDIT", "EVAL_MODE", "EVAL_STRIDE", "VAL_MAX_TOKENS", "MIXER")
+            given = " ".join(f"{n}={as_text(getattr(cfg, n.lower()))}" for n in chosen)
+            report.line(
+                f"how it is scored, by the file where the environment says nothing: {given}"
+            )
         describe_start(cfg, report, warnings, workers, 1, again=bool(made))
         final = {
             **dict.fromkeys(("train_steps", "train_tokens", "train_seconds", "tok_s"), 0),
