@@ -4,7 +4,8 @@ import ast
 import re
 from collections import Counter
 
-from conftest import ROOT
+import pytest
+from conftest import ROOT, t
 
 SOURCE = (ROOT / "train_gpt_mlx_kl.py").read_text(encoding="utf-8")
 BANNER = re.compile(r"^# =+\n# ([A-Z][A-Z ]+)[:\n]", re.M)
@@ -72,3 +73,13 @@ def test_no_function_is_longer_than_a_screen():
     functions = [n for n in ast.walk(ast.parse(SOURCE)) if isinstance(n, ast.FunctionDef)]
     long = [f.name for f in functions if f.end_lineno - f.lineno + 1 > 45]
     assert long == []
+
+
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "tests" / "benchmarks").glob("*.py")), ids=lambda path: path.name
+)
+def test_benchmarks_use_what_there_is(path):
+    """They run on demand only: what they take from the script must not go without a word."""
+    nodes = [n for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Attribute)]
+    used = {node.attr for node in nodes if getattr(node.value, "id", "") == "t"}
+    assert not {name for name in used if not hasattr(t, name)}

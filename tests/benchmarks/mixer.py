@@ -4,7 +4,7 @@
 
 Systems read the same training tokens, then are charged for the validation text: see compressors.py
 for xz, PPMd and zpaq; a missing one is skipped by name. The backoff mixer learns online only.
-With an artifact there are rows with its net. The last line is JSON, an object per row.
+With an artifact there are rows with its net. The last line is JSON.
 """
 
 import json
@@ -39,7 +39,7 @@ def scored(scorer: t.ContextModel, val: np.ndarray, stream: Iterator) -> tuple[n
     """(nats by the net, the contexts, all; seconds) of a scorer over a stream of the net's rows."""
     begin, nats = time.perf_counter(), np.zeros(3)
     scorer.begin(int(val[0]))
-    for _, part in t.costs(stream, val, scorer):
+    for _, part in t.cost_tokens(stream, val, scorer):
         nats += part.sum(axis=0)
     return nats, time.perf_counter() - begin
 
@@ -99,23 +99,21 @@ def main() -> None:
     tokens = t.load_tokenizer(tokenizer)
     train = np.concatenate([t.Shard(p)[:] for p in t.find_shards(folder, "train")])
     train = train.astype(np.int32)
-    val, _ = t.load_validation(t.find_shards(folder, "val"), tokens, cfg.val_max_tokens)
+    val = t.load_validation(folder, tokens, cfg.val_max_tokens).tokens
     with t.make_workers(cfg) as workers:
         net, table = None, []
         if len(sys.argv) > 1:
             path = Path(sys.argv[1])
-            cfg, _ = t.knobs_from_env({}, base=t.read_artifact(path).header["knobs"])
-            of = t.Evaluation(cfg, path, folder, workers)
-            shape = t.eval_length(cfg), cfg.eval_stride, cfg.eval_batch_seqs
-            args = of.model, of.artifact.params, val, shape, workers
-            net = lambda: t.ahead(t.net_stream(*args))  # noqa: E731
+            cfg, _ = t.knobs_from_env({}, kept=t.read_artifact(path).header["knobs"])
+            scoring = t.Scoring.load(cfg, path, folder, workers)
+            net = lambda: t.ahead(scoring.rows("sliding", val))  # noqa: E731
         for source in (ours(tokens, train, val, net),
                        rows(*(decode(x, tokenizer) for x in (train, val)), SYSTEMS)):  # fmt: skip
             for line in source:
                 print(" ".join(f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}"
                                for k, v in line.items()), flush=True)  # fmt: skip
                 table.append(line)
-    print(json.dumps(table))
+    print(json.dumps({"rows": table}))
 
 
 if __name__ == "__main__":
