@@ -911,7 +911,7 @@ def tokenizer_beside(folder: Path) -> Path:
     home = folder.parent.parent / "tokenizers"
     name, _, vocab = folder.name.replace("fineweb10B", "fineweb").rpartition("_sp")
     usual = f"{name}_{vocab}_bpe.model"
-    path = home / read_manifest(folder / "manifest.json").get("tokenizer", usual)
+    path = home / str(read_manifest(folder / "manifest.json").get("tokenizer", usual))
     if not path.is_file():
         raise UserError(f"TOKENIZER_PATH is unset, and {path}, made for {folder}, is missing")
     return path
@@ -1049,6 +1049,7 @@ class ValidationText:
     whole: bool  # all of the split's shards
     shards: int
     stated_bytes: int | None = None  # of the decoded whole, by its manifest
+    source_bytes: int | None = None  # before the tokenizer altered it, by its manifest
     overlap: tuple[int, int] = (0, 0)  # documents and tokens of it that are training text
 
     @functools.cached_property
@@ -1090,7 +1091,9 @@ def load_validation(folder: Path, tokenizer: Tokenizer, limit: int) -> Validatio
         text = text[: int(starts[-1]) if len(starts) else limit]
     if len(text) < 2:
         raise UserError(f"{folder}: the validation text has fewer than 2 tokens")
-    return ValidationText(text, len(text) == total, len(paths), stated.get("bytes"))
+    sizes = stated.get("bytes"), stated.get("source_bytes")
+    facts = (size if type(size) is int else None for size in sizes)
+    return ValidationText(text, len(text) == total, len(paths), *facts)
 
 
 # ==================================================================================================
@@ -2059,7 +2062,8 @@ def unpack_tensors(rows: list, raw: bytes) -> Arrays:
         if bits:
             codes = np.frombuffer(raw, np.int8, size, at).reshape(shape).astype(np.float32)
             scales = np.frombuffer(raw, "<u2", shape[0], at + size).astype(np.uint32) << 16
-            values = codes * scales.view(np.float32)[:, None]
+            with np.errstate(all="ignore"):  # what becomes of it is looked at below
+                values = codes * scales.view(np.float32)[:, None]
         else:
             values = np.frombuffer(raw, "<f4", size, at).reshape(shape)
         if not np.isfinite(values).all():
@@ -4679,6 +4683,9 @@ def describe_training(trainer: Trainer, text: ValidationText) -> Iterator[str]:
     size = estimate_bytes(trainer.params, trainer.groups, cfg)
     yield f"train: {data.tokens:,} tokens in {len(data.shards)} shard(s)"
     yield f"validation: {len(text.tokens):,} tokens in {text.shards} shard(s){text.part}"
+    if text.source_bytes and text.stated_bytes and text.source_bytes != text.stated_bytes:
+        yield (f"the tokenizer alters the text: {text.source_bytes:,} bytes of source are "
+               f"{text.stated_bytes:,} decoded, on which the score is measured")  # fmt: skip
     yield f"script and artifact: about {size:,} of {ARTIFACT_LIMIT_BYTES:,} bytes, by estimate"
     use = estimate_memory(trainer.params, cfg, trainer.largest_microbatches, len(text.tokens))
     limit = memory_limit()
@@ -4961,6 +4968,7 @@ def score_mode(path: Path, env: dict[str, str]) -> None:
             "seed": cfg.seed, "val_sha256": scoring.text.sha256, "ended": time.time(),
             "tokenizer_sha256": artifact.tokenizer.sha256,
             "val_overlap": artifact.header.get("overlap"),
+            "val_source_bytes": scoring.text.source_bytes,
         }  # fmt: skip
         if made:
             report.start_writing()

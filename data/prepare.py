@@ -398,7 +398,12 @@ def text_files(paths: Iterable[Path]) -> Iterator[Path]:
         if path.is_dir() and not inside:
             kinds = " ".join(TEXT_SUFFIXES)
             raise PrepareError(f"{path}: no text file in this folder ({kinds}); name other files")
-        yield from inside or [path]
+        for file in inside or [path]:
+            if file.suffix.lower() == ".json":
+                raise PrepareError(
+                    f"{file}: JSON, not text; write a .jsonl file, an object per line"
+                )
+            yield file
 
 
 def text_blocks(source, path: Path) -> Iterator[bytes]:

@@ -691,3 +691,10 @@ def test_real_text_with_a_tokenizer_of_its_own(real_data, tmp_path):
     assert run("text", tmp_path / "web.jsonl", "--out", tmp_path) == 0
     texts = decode_split(tmp_path, "text", "train") + decode_split(tmp_path, "text", "val")
     assert sorted(texts) == sorted(json.loads(line)["text"] for line in lines)
+
+
+def test_json_is_not_trained_on_as_prose(tmp_path):
+    path = tmp_path / "articles.json"
+    path.write_text('[{"text": "one"}, {"text": "two"}]')
+    with pytest.raises(prepare.PrepareError, match=r"articles\.json: .*\.jsonl"):
+        list(prepare.text_files([path]))
