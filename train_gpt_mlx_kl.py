@@ -2053,7 +2053,7 @@ def unpack_tensors(rows: list, raw: bytes) -> Arrays:
     """The inverse of `pack_tensors`, up to quantisation. Raises ValueError, TypeError."""
     out, at = {}, 0
     for name, shape, bits in rows:
-        if name in out or not all(type(n) is int and n > 0 for n in shape):
+        if name in out or not all(type(n) is int and n >= 0 for n in shape):
             raise ValueError(f"tensor {name} of shape {shape}")
         size = math.prod(shape)
         need = size + 2 * shape[0] if bits else 4 * size

@@ -180,7 +180,7 @@ def test_a_second_signal_ends_at_once(home, env):
             try: time.sleep(600)
             except Stop: print("asked", flush=True)
 """))  # fmt: skip
-    process = start(home, sys.executable, script, RUN_ID="cut", PAUSE="score_net", **env)
+    process = start(home, sys.executable, script, RUN_ID="cut", PAUSE="score_net", **env, **NET)
     read_until(process, "paused")
     process.send_signal(signal.SIGTERM)
     read_until(process, "asked")
@@ -193,10 +193,10 @@ def test_a_second_signal_ends_at_once(home, env):
 def test_ignored_signals_stay_ignored(home, env):
     """As nohup starts a run."""
     command = ["sh", "-c", f'trap "" HUP; exec {sys.executable} {SCRIPT}']
-    process = start(home, *command, RUN_ID="kept", **{**env, **NET, "ITERATIONS": 300})
+    process = start(home, *command, RUN_ID="kept", **{**env, **NET, "ITERATIONS": 60})
     read = read_until(process, "step:9/")
     process.send_signal(signal.SIGHUP)
-    assert final(end_of(process, home, "kept", read))["train_steps"] == 300
+    assert final(end_of(process, home, "kept", read))["train_steps"] == 60
 
 
 def test_a_closed_pipe_ends_the_run_in_order(home, env):
