@@ -116,7 +116,7 @@ class Diverged(RunFailed):
     """A training whose state is not worth keeping."""
 
 
-class Interrupted(Stop):
+class Interrupted(BaseException):  # no library's `except Exception` is meant
     """A signal that asked the program to end; the status is what a shell makes of it."""
 
     def __init__(self, number: int) -> None:
@@ -166,6 +166,8 @@ class Interrupts:
         """Inside `held`: let what is inside be cut short."""
         self.holding = False
         try:
+            if self.asked:
+                raise Interrupted(self.asked)
             yield
         finally:
             self.holding = True
@@ -180,7 +182,8 @@ def say(text: str) -> None:
         print(text, flush=True)
     except OSError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # for the lines that are still to come
-        interrupts.ask(signal.SIGPIPE)
+        if not interrupts.asked:
+            interrupts.ask(signal.SIGPIPE)
 
 
 SCOPES = {  # what a knob is for
@@ -514,7 +517,7 @@ def errors_as_lines() -> Iterator[None]:
     """Print a user's mistake or interrupt, a line each, and end with its status."""
     try:
         yield
-    except Stop as error:
+    except (Stop, Interrupted) as error:
         with contextlib.suppress(OSError):  # nobody reads it
             for line in str(error).splitlines():
                 print(f"error: {line}", file=sys.stderr, flush=True)
@@ -623,10 +626,11 @@ if sys.platform == "linux":
     keep_freed_memory()
 BLAS = open_blas(os.environ.get("BLAS") or "auto")
 
-import mlx.core as mx  # noqa: E402
-import mlx.nn as nn  # noqa: E402
-import numpy as np  # noqa: E402
-from mlx.utils import tree_flatten, tree_map, tree_unflatten  # noqa: E402
+with errors_as_lines():
+    import mlx.core as mx
+    import mlx.nn as nn
+    import numpy as np
+    from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
 BLAS_NAME = use_blas(BLAS)
 Array, Arrays = mx.array, dict[str, mx.array]
@@ -668,6 +672,9 @@ def wait_for_disk(path: Path) -> None:
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # file systems that cannot do this
+            raise
     finally:
         os.close(handle)
 
@@ -1034,7 +1041,7 @@ def decoded_bytes(path: Path, tokenizer: Tokenizer, text: np.ndarray) -> tuple[i
     model = sentencepiece.SentencePieceProcessor(model_file=str(path))
     while len(text) > 1 and model.is_byte(int(text[-1])):  # a cut may have split a character
         text = text[:-1]
-    parts = np.split(text, np.flatnonzero(text == tokenizer.bos))
+    parts = np.split(text, np.flatnonzero(tokenizer.control[text]))
     true = sum(len(model.decode(part.tolist()).encode()) for part in parts if len(part))
     prefix = tokenizer.dummy_prefix and tokenizer.leading[text[0]]
     start = int(tokenizer.piece_bytes[text[0]]) - int(prefix)
@@ -1164,6 +1171,8 @@ class Report(contextlib.AbstractContextManager):
         except BlockingIOError:
             self.close()
             raise UserError(f"{self.folder}: another process is at work on this run") from None
+        except OSError:  # a file system without locks
+            return
 
     def close(self) -> None:
         """Unlock the folder."""
@@ -1189,7 +1198,7 @@ class Report(contextlib.AbstractContextManager):
                 self.take_lock()
             for name in self.files if sizes is not None else ():
                 if (self.folder / name).is_file():
-                    os.truncate(self.folder / name, sizes.get(name, 0))
+                    os.truncate(self.folder / name, min(sizes.get(name, 0), self.sizes()[name]))
             with whole_file(self.folder / SCRIPT.name) as part:
                 part.write_bytes(source())
         except (OSError, UnicodeError) as error:
@@ -2024,9 +2033,9 @@ def decompress(path: Path, model: bytes) -> bytes:
     except ImportError:
         raise UserError(f"{path}: compressed by brotli: pip install brotli") from None
     decompressor, out = brotli.Decompressor(), bytearray()
-    for at in range(0, len(model), 4096):  # in pieces: a small file may become gigabytes
+    for at in range(0, len(model), 64):  # in pieces: few bytes may become gigabytes
         try:
-            out += decompressor.process(model[at : at + 4096])
+            out += decompressor.process(model[at : at + 64])
         except brotli.error as error:
             raise ValueError(str(error)) from None
         if len(out) > MODEL_MOST:
@@ -2129,6 +2138,7 @@ def write_artifact(
     artifact = Artifact({"overlap": overlap} if overlap[0] else {}, tokenizer, params, packed)
     model, compressor = compress(serialise(artifact, groups, cfg))
     body = model + (packed.code if packed else b"")
+    check_size(len(source()) + PREFIX.size + len(body), params, "the artifact")
     digest = checksum(FORMAT_VERSION, len(model), body)
     with whole_file(path) as part:
         part.write_bytes(PREFIX.pack(MAGIC, FORMAT_VERSION, digest, len(model)) + body)
@@ -2711,6 +2721,9 @@ class Keeper:
         if together:
             trainer.follow_rank_0()
         if trainer.ranks.rank == 0:
+            for name, size in self.report.sizes().items():  # which the checkpoint will state
+                if size:
+                    wait_for_disk(self.report.folder / name)
             arrays, counters = trainer.state()
             knobs = {n.upper(): as_text(v) for n, v in knobs_of(trainer.cfg, *KEPT_SCOPES).items()}
             facts = {"knobs": knobs, "text": self.text, "sizes": self.report.sizes()}
@@ -4067,7 +4080,9 @@ class Packer:
         Without such a clock packing ends here: what is packed must not depend on how fast it goes.
         """
         self.begin = time.perf_counter()
+        spent_s = max(spent_s, self.seconds)  # by the training or by the packing before a stop
         self.deadline = self.begin + (self.cfg.max_wallclock_seconds or math.inf) - spent_s
+        self.begin -= self.seconds
         self.workers.reserved = 1
         self.thread.start()
         if not self.cfg.max_wallclock_seconds:
@@ -4125,7 +4140,11 @@ class Packer:
         with self.lock:
             if not self.count:
                 return {}
+            seconds = (
+                self.seconds if not self.thread.is_alive() else time.perf_counter() - self.begin
+            )
             parts = {"leaf": self.leaf, "count": np.array(self.count), "coder": self.coder.state,
+                     "seconds": np.array(seconds),
                      "code": np.frombuffer(bytes(self.coder.out), np.uint8)}  # fmt: skip
             return {"packed": {name: mx.array(part) for name, part in parts.items()}}
 
@@ -4133,6 +4152,7 @@ class Packer:
         """Go on from what `state` kept, before `start`."""
         self.leaf, self.coder.state = np.array(parts["leaf"]), np.array(parts["coder"])
         self.count, self.coder.out = parts["count"].item(), bytearray(np.array(parts["code"]))
+        self.seconds = parts["seconds"].item()
 
     def finish(self) -> PackedText:
         """What is packed, once all is."""
@@ -4399,11 +4419,11 @@ class Scoring:
         path = self.path.with_name("message.bin")
         if not path.is_file():
             return None, {}, ""
-        header, _, code = path.read_bytes().partition(b"\n")
         try:
+            header, _, code = path.read_bytes().partition(b"\n")
             facts = dict(json.loads(header))
             facts["bits"] = float(facts["bits"])
-        except (KeyError, ValueError, TypeError):
+        except (OSError, LookupError, ValueError, TypeError, RecursionError):
             raise UserError(f"{path}: not a message of this script: remove it") from None
         unlike = [k for k, fact in self.message_facts().items() if facts.get(k) != fact]
         if "artifact" in unlike:  # it is of an older one, and worth nothing
@@ -4459,7 +4479,8 @@ class Scoring:
             code, facts, line = self.read_message()
             if not facts:
                 known, rows, nats, coder = self.code_message(context_model, mode, None)
-                self.message, line = "written", self.write_message(nats, coder)
+                line = self.write_message(nats, coder)
+                self.message = "not written" if line.startswith("no ") else "written"
                 return known, rows, nats, line
             self.message = "decoded" if code is not None else "not decoded"
         if code is None:
@@ -4625,6 +4646,7 @@ class Audit:
 
 
 EARLY_TOKENS = 2_000_000  # of the validation text: decoded before training
+OVERLAP_MOST = 0.001  # of the text: a large crawl has some documents twice, which scores then say
 
 
 def describe_start(
@@ -4726,7 +4748,7 @@ def export(
     trained = trainer.step * trainer.tokens_per_step
     return {**sizes, "pack_seconds": packer.seconds if packer else 0.0,
             "artifact_sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
-            "train_steps": trainer.step, "train_tokens": trained,
+            "elapsed_s": trainer.elapsed_s, "train_steps": trainer.step, "train_tokens": trained,
             "tok_s": trained / max(trainer.elapsed_s, 1e-9)}  # fmt: skip
 
 
@@ -4795,7 +4817,7 @@ def train_mode(cfg: Knobs, warnings: list[str]) -> None:
         kinds = "config", "export", "final"
         done = last_record(report.folder, *kinds)
         done = {} if done.get("event") == "config" else done  # then it has not ended
-        longer = bool(done) and is_longer(cfg, report.folder)
+        longer = bool(done) and progress(done["train_steps"], done.get("elapsed_s", 0.0), cfg) < 1
         over, longer = ranks.any(bool(done) and not longer, longer)
         if not over:
             where = f"{where}; {report.folder} is made longer" if longer else where
@@ -4814,13 +4836,6 @@ def train_mode(cfg: Knobs, warnings: list[str]) -> None:
             score_anew(report, report.folder / "artifact.bin", folder, tokenizer_path)
 
 
-def is_longer(cfg: Knobs, folder: Path) -> bool:
-    """Whether the settings allow a run more steps or time than it had."""
-    had = last_record(folder, "config")
-    limits = ("iterations", "max_wallclock_seconds")
-    return any(0 < had.get(name, 0) < (getattr(cfg, name) or math.inf) for name in limits)
-
-
 def train_run(
     cfg: Knobs, warnings: list[str], ranks: Ranks, report: Report, folder: Path,
     tokenizer: Tokenizer, tokenizer_path: Path, where: str, longer: bool,
@@ -4830,6 +4845,8 @@ def train_run(
     longer: the run had ended; its records stay, and those of another end follow.
     """
     saved = ranks.in_turn(lambda: report.folder and read_checkpoint(report.folder))
+    if ranks.any(longer and not saved)[0]:
+        raise UserError("RESUME=1: the run has ended, and has no checkpoint left to go on from")
     report.line(where)
     with make_workers(cfg, int(ranks.same(platform.node()).sum()), ranks.count) as workers:
         describe_start(cfg, report, warnings, workers, ranks.count, bool(saved) and not longer)
@@ -4848,10 +4865,10 @@ def train_run(
             report.line(line)
         report.begin(None if longer else saved[1]["sizes"] if saved else {})
         trainer.follow_rank_0()
-        trainer.warm_up()
         keeper = Keeper(trainer, report, written, packer.state if packer else dict)
         if longer:
             keeper.save()  # what the run has reported until now stays
+        trainer.warm_up()
         with keeper.last_words():
             made = train_to_artifact(trainer, report, text, tokenizer, keeper, packer)
             if ranks.rank:
@@ -4878,9 +4895,9 @@ def check_text(
                         f"validation text {true} ({unknown} control or unknown tokens): no score "
                         "would be valid; take a tokenizer with byte_fallback")  # fmt: skip
     text.overlap = shared_documents(data, text.tokens, tokenizer.bos)
-    if text.overlap[0] and not cfg.allow_overlap:
-        documents, tokens = text.overlap
-        share = tokens / len(text.tokens)
+    documents, tokens = text.overlap
+    share = tokens / len(text.tokens)
+    if share > OVERLAP_MOST and not cfg.allow_overlap:
         raise AuditFailed("overlap", f"{documents} documents, {share:.2%} of the validation text, "
                           "are training text too: take them out, or set "
                           "ALLOW_OVERLAP=1, which every score will say")  # fmt: skip

@@ -36,6 +36,7 @@ CLEAN = {name: value for name, value in os.environ.items() if name not in KNOWN}
 FLEETING = {"run_id", "train_time_ms", "step_avg_ms", "tok_s", "eval_time_ms", "train_seconds"}
 FLEETING |= {
     "ended",
+    "elapsed_s",
     "eval_seconds",
     "peak_memory_bytes",
     "gflops",

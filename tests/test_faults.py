@@ -178,7 +178,7 @@ def test_a_second_signal_ends_at_once(home, env):
         end = time.monotonic() + 600
         while time.monotonic() < end:
             try: time.sleep(600)
-            except Stop: print("asked", flush=True)
+            except Interrupted: print("asked", flush=True)
 """))  # fmt: skip
     process = start(home, sys.executable, script, RUN_ID="cut", PAUSE="score_net", **env, **NET)
     read_until(process, "paused")
