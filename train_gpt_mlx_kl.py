@@ -4845,7 +4845,7 @@ def train_run(
     longer: the run had ended; its records stay, and those of another end follow.
     """
     saved = ranks.in_turn(lambda: report.folder and read_checkpoint(report.folder))
-    if ranks.any(longer and not saved)[0]:
+    if ranks.any(bool(report.folder) and longer and not saved)[0]:
         raise UserError("RESUME=1: the run has ended, and has no checkpoint left to go on from")
     report.line(where)
     with make_workers(cfg, int(ranks.same(platform.node()).sum()), ranks.count) as workers:
