@@ -227,17 +227,13 @@ class Knobs:
     workers: int = knob(0, "CPU streams that share a step; 0: one per core", "run", hi=256)
     iterations: int = knob(20_000, "steps at most; 0: no limit", "run")
     max_wallclock_seconds: float = knob(600.0, "seconds of training at most; 0: no limit", "run")
-    warmup_steps: int = knob(
-        20, "steps run and thrown away before the clock starts", "run", hi=10_000
-    )
+    warmup_steps: int = knob(20, "steps thrown away before the clock starts", "run", hi=10_000)
     warmdown_iters: int = knob(3500, "last steps, over which the learning rate falls to 0", "run")
     train_log_every: int = knob(200, "steps between train lines; 0: none", "run")
     grad_accum_steps: int = knob(8, "microbatches per step and worker, at least", "run", lo=1)
     mlx_max_microbatch_tokens: int = knob(8192, "tokens per microbatch, at most", "run", lo=1)
     mlx_eager_eval: bool = knob(True, "one worker: compute each microbatch before the next", "run")
-    logit_chunk_tokens: int = knob(
-        0, "tokens per pass of the vocabulary head; 0: all", "run", hi=1 << 30
-    )
+    logit_chunk_tokens: int = knob(0, "tokens per pass of the head; 0: all", "run", hi=1 << 30)
 
     data_path: str = knob("", "folder of *_{train,val}_*.bin; empty: FineWeb or stdlib", "data")
     tokenizer_path: str = knob("", "SentencePiece .model; empty: what fits DATA_PATH", "data")
@@ -260,9 +256,7 @@ class Knobs:
     beta1: float = knob(0.9, "Adam: decay of the first moment", "train", hi=0.9999)
     beta2: float = knob(0.95, "Adam: decay of the second moment", "train", hi=0.99999)
     adam_eps: float = knob(1e-8, "Adam: epsilon", "train", lo=1e-20, hi=1)
-    adam_weight_decay: float = knob(
-        0.0, "Adam: decoupled, times the rate; embedding, tables", "train"
-    )
+    adam_weight_decay: float = knob(0.0, "Adam: decoupled, times the learning rate", "rate")
     muon_momentum: float = knob(0.95, "Muon: momentum", "train", hi=0.9999)
     muon_backend_steps: int = knob(5, "Muon: Newton-Schulz steps", "train", lo=1, hi=20)
     muon_momentum_warmup_start: float = knob(0.85, "Muon: momentum at step 0", "train", hi=0.9999)
@@ -310,15 +304,11 @@ class Knobs:
                                 choices="kneser-ney laplace", needs="MIXER=backoff")  # fmt: skip
     audit: bool = knob(True, "prove the score: causal, normalised, decodable", "eval")
     val_loss_every: int = knob(0, "steps between validations while training; 0: none", "eval")
-    val_batch_size: int = knob(
-        16_384, "tokens per batch of those validations", "eval", lo=1, hi=1 << 26
-    )
+    val_batch_size: int = knob(16_384, "tokens per batch of those", "eval", lo=1, hi=1 << 26)
     val_max_tokens: int = knob(0, "score to the last document's end in so many; 0: all", "eval")
     eval_mode: str = knob("sliding", "the final score", "eval", choices="standard sliding both")
     eval_seq_len: int = knob(0, "tokens per window; 0: TRAIN_SEQ_LEN", "eval", hi=1 << 16)
-    eval_stride: int = knob(
-        64, "most tokens that a sliding window advances", "eval", lo=1, hi=1 << 16
-    )
+    eval_stride: int = knob(64, "tokens that a window advances", "eval", lo=1, hi=1 << 16)
     eval_batch_seqs: int = knob(16, "windows per batch", "eval", lo=1, hi=4096)
 
 
@@ -359,6 +349,11 @@ def knobs_of(cfg: Knobs, *scopes: str) -> dict[str, Any]:
 def as_text(value: Any) -> str:
     """A knob's value as an environment variable says it."""
     return str(int(value) if isinstance(value, bool) else value)
+
+
+def settings_of(cfg: Knobs, *scopes: str) -> dict[str, str]:
+    """The settings of these scopes, as an environment would have them."""
+    return {name.upper(): as_text(value) for name, value in knobs_of(cfg, *scopes).items()}
 
 
 def parse_value(field: dataclasses.Field, text: str) -> Any:
@@ -651,6 +646,11 @@ def script_unchanged() -> bool:
     return SCRIPT.is_file() and SCRIPT.read_bytes() == source()
 
 
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file's bytes."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
 @contextlib.contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
     """Where to write a file that gets its name when it is whole and on disk. Raises RunFailed."""
@@ -795,7 +795,7 @@ def load_tokenizer(path: Path) -> Tokenizer:
     usual = (p for i, p in enumerate(pieces) if size[i] and not model.is_byte(i))
     inner = next((p for p in usual if "\u2581" not in p), "a")  # it can only get one in front
     dummy = "".join(model.encode(inner, out_type=str)).startswith("\u2581")
-    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    digest = file_sha256(path)
     return Tokenizer(np.array(size, np.uint16), leading, control, model.bos_id(), dummy, digest)
 
 
@@ -1048,7 +1048,7 @@ def decoded_bytes(path: Path, tokenizer: Tokenizer, text: np.ndarray) -> tuple[i
     return start + int(tokenizer.bytes_of(text[:-1], text[1:]).sum()), true
 
 
-@dataclass
+@dataclass(frozen=True)
 class ValidationText:
     """The text that is scored."""
 
@@ -2115,8 +2115,7 @@ def serialise(artifact: Artifact, groups: dict[str, Group], cfg: Knobs) -> bytes
     """The model before compression: JSON header, byte table, the mixer's tree, tensors."""
     tokenizer, packed = artifact.tokenizer, artifact.packed
     rows, blobs = pack_tensors(artifact.params, groups, cfg)
-    knobs = {name.upper(): as_text(v) for name, v in knobs_of(cfg, *KEPT_SCOPES).items()}
-    header = {**artifact.header, "knobs": knobs, "tensors": rows}
+    header = {**artifact.header, "knobs": settings_of(cfg, *KEPT_SCOPES), "tensors": rows}
     header |= {"packed": [packed.token_count, packed.sha256]} if packed else {}
     facts = ("sha256", "bos", "vocab", "dummy_prefix")
     header["tokenizer"] = {name: getattr(tokenizer, name) for name in facts}
@@ -2315,14 +2314,12 @@ def check_same_run(facts: dict[str, Any], state: State, like: State, cfg: Knobs,
 
     like: a state of this run; text: the fingerprint of its training text.
     """
-    for name, value in knobs_of(cfg, "train", "model").items():
-        was = facts["knobs"].get(name.upper())
-        if was != as_text(value):
-            raise UserError(f"RESUME=1: {name.upper()} was {was}, not {as_text(value)}")
+    for name, value in settings_of(cfg, "train", "model").items():
+        was = facts["knobs"].get(name)
+        if was != value:
+            raise UserError(f"RESUME=1: {name} was {was}, not {value}")
     if facts["text"] != text:
-        raise UserError(
-            "RESUME=1: training text or tokenizer are not what they were: see DATA_PATH"
-        )
+        raise UserError("RESUME=1: another training text or tokenizer than before: see DATA_PATH")
     arrays = named_arrays(state[0])
     for name, array in named_arrays(like[0]).items():
         if name not in arrays or arrays[name].shape != array.shape:
@@ -2721,12 +2718,11 @@ class Keeper:
         if together:
             trainer.follow_rank_0()
         if trainer.ranks.rank == 0:
-            for name, size in self.report.sizes().items():  # which the checkpoint will state
-                if size:
-                    wait_for_disk(self.report.folder / name)
             arrays, counters = trainer.state()
-            knobs = {n.upper(): as_text(v) for n, v in knobs_of(trainer.cfg, *KEPT_SCOPES).items()}
-            facts = {"knobs": knobs, "text": self.text, "sizes": self.report.sizes()}
+            knobs, sizes = settings_of(trainer.cfg, *KEPT_SCOPES), self.report.sizes()
+            facts = {"knobs": knobs, "text": self.text, "sizes": sizes}
+            for name in (name for name, size in sizes.items() if size):
+                wait_for_disk(self.report.folder / name)
             try:
                 state = {**arrays, **self.more()}, counters
                 write_checkpoint(self.report.folder, state, facts)
@@ -4363,15 +4359,17 @@ class Scoring:
     message: str = ""  # what became of it: written, decoded or not decoded
 
     @classmethod
-    def load(cls, cfg: Knobs, path: Path, folder: Path, workers: Workers) -> Scoring:
-        """Read the artifact and the validation shards of a folder."""
-        artifact = read_artifact(path)
+    def load(
+        cls, cfg: Knobs, path: Path, folder: Path, workers: Workers,
+        artifact: Artifact | None = None,
+    ) -> Scoring:  # fmt: skip
+        """Read the validation shards of a folder, and the artifact unless it has been read."""
+        artifact = artifact or read_artifact(path)
         made_with, tokenizer = artifact.header["knobs"], artifact.tokenizer
-        for name, value in knobs_of(cfg, "model").items():
-            its = made_with[name.upper()]
-            of_mixer = name == "mixer_memory_mb"
-            if as_text(value) != its and not (of_mixer and cfg.mixer != "logistic"):
-                raise UserError(f"{name.upper()}={as_text(value)}: {path} has {its}: unset it")
+        for name, value in settings_of(cfg, "model").items():
+            of_mixer = name == "MIXER_MEMORY_MB"
+            if value != made_with[name] and not (of_mixer and cfg.mixer != "logistic"):
+                raise UserError(f"{name}={value}: {path} has {made_with[name]}: unset it")
         check_vocab(cfg, tokenizer)
         if cfg.mixer == "logistic" and not artifact.packed:
             raise UserError(f"MIXER=logistic: {path} was made with MIXER={made_with['MIXER']}")
@@ -4407,7 +4405,7 @@ class Scoring:
         first = self.text.tokens[: count + 1].astype("<i4").tobytes()
         machine = machine_kind(), processor_name(), mx.__version__, compute_dtype(self.cfg)
         return {
-            "artifact": hashlib.sha256(self.path.read_bytes()).hexdigest(),
+            "artifact": file_sha256(self.path),
             "text": hashlib.sha256(first).hexdigest(),
             "tokens": count,
             "window": eval_shape(self.cfg)[0],
@@ -4596,7 +4594,7 @@ class Audit:
 
     def same_tokenizer(self, path: Path) -> None:
         """Raises UserError unless the artifact was made with this one."""
-        if hashlib.sha256(path.read_bytes()).hexdigest() != self.tokenizer.sha256:
+        if file_sha256(path) != self.tokenizer.sha256:
             raise UserError(f"TOKENIZER_PATH={path}: the artifact was made with another one")
 
     def byte_count(self, tokenizer_path: Path | None) -> str:
@@ -4747,7 +4745,7 @@ def export(
     sizes = write_artifact(path, *net, cfg, tokenizer, packed, overlap)
     trained = trainer.step * trainer.tokens_per_step
     return {**sizes, "pack_seconds": packer.seconds if packer else 0.0,
-            "artifact_sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
+            "artifact_sha256": file_sha256(path),
             "elapsed_s": trainer.elapsed_s, "train_steps": trainer.step, "train_tokens": trained,
             "tok_s": trained / max(trainer.elapsed_s, 1e-9)}  # fmt: skip
 
@@ -4796,10 +4794,10 @@ def resume(
     same = {kind: {name: arrays[kind][name] for name in tree} for kind, tree in like.items()}
     trainer.set_state(same, counters)
     yield f"goes on from step {trainer.step}"
-    for name, value in knobs_of(trainer.cfg, "rate").items():
-        was = facts["knobs"][name.upper()]
-        if was != as_text(value):
-            yield f"{name.upper()} was {was}, and is {as_text(value)} from here on"
+    for name, value in settings_of(trainer.cfg, "rate").items():
+        was = facts["knobs"].get(name)
+        if was != value:
+            yield f"{name} was {was}, and is {value} from here on"
     if packer and "packed" in arrays:
         packer.set_state(arrays["packed"])
         yield f"and from {packer.count:,} packed tokens"
@@ -4854,8 +4852,9 @@ def train_run(
         data = TrainWindows(shards, seq_len, cfg.seed, tokenizer.vocab)
         written = f"{data.fingerprint()} {tokenizer.sha256}"
         ranks.check_same(f"{knobs_of(cfg, 'run', *KEPT_SCOPES)} {written}")
-        text = load_validation(folder, tokenizer, cfg.val_max_tokens)
-        ranks.in_turn(lambda: ranks.rank or check_text(cfg, text, data, tokenizer, tokenizer_path))
+        loaded = load_validation(folder, tokenizer, cfg.val_max_tokens)
+        check = functools.partial(check_text, cfg, loaded, data, tokenizer, tokenizer_path)
+        text = ranks.in_turn(lambda: loaded if ranks.rank else check())
         trainer = Trainer(GPT(cfg, tokenizer.vocab, tokenizer.bos), cfg, data, workers, ranks)
         for line in describe_training(trainer, text):
             report.line(line)
@@ -4882,8 +4881,8 @@ def train_run(
 
 def check_text(
     cfg: Knobs, text: ValidationText, data: TrainWindows, tokenizer: Tokenizer, path: Path
-) -> None:
-    """Find out before training what would make its score worth nothing; notes an overlap.
+) -> ValidationText:
+    """The text with its overlap, once nothing is found that would make its score worth nothing.
 
     path: of the tokenizer. Raises UserError where bytes cannot be counted, AuditFailed where
     validation text is training text, unless ALLOW_OVERLAP.
@@ -4894,13 +4893,13 @@ def check_text(
         raise UserError(f"TOKENIZER_PATH={path}: its pieces have {count} bytes, the decoded "
                         f"validation text {true} ({unknown} control or unknown tokens): no score "
                         "would be valid; take a tokenizer with byte_fallback")  # fmt: skip
-    text.overlap = shared_documents(data, text.tokens, tokenizer.bos)
-    documents, tokens = text.overlap
+    documents, tokens = shared_documents(data, text.tokens, tokenizer.bos)
     share = tokens / len(text.tokens)
     if share > OVERLAP_MOST and not cfg.allow_overlap:
         raise AuditFailed("overlap", f"{documents} documents, {share:.2%} of the validation text, "
                           "are training text too: take them out, or set "
                           "ALLOW_OVERLAP=1, which every score will say")  # fmt: skip
+    return dataclasses.replace(text, overlap=(documents, tokens))
 
 
 def write_first_message(cfg: Knobs, mixer: LogisticMixer, path: Path, folder: Path) -> None:
@@ -4943,10 +4942,10 @@ def unscored_run(scoring: Scoring, warnings: list[str]) -> Event:
         return {}
     same = {
         "event": "export",
-        "artifact_sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
+        "artifact_sha256": file_sha256(path),
         "val_sha256": scoring.text.sha256,
     }.items() <= made.items()
-    same &= all(header[n.upper()] == as_text(v) for n, v in knobs_of(cfg, "eval").items())
+    same &= settings_of(cfg, "eval").items() <= header.items()
     if cfg.run_id:
         same &= (Path(cfg.out_dir) / cfg.run_id).resolve() == path.parent.resolve()
     return made if same else {}
@@ -4965,7 +4964,9 @@ def score_mode(path: Path, env: dict[str, str]) -> None:
     use_device(cfg)
     folder, tokenizer_path, where = locate_data(cfg)
     with make_workers(cfg) as workers, contextlib.ExitStack() as stack:
-        scoring = Scoring.load(cfg, path, folder, workers)
+        scoring = Scoring.load(cfg, path, folder, workers, artifact)
+        if tokenizer_path:
+            Audit(scoring).same_tokenizer(tokenizer_path)
         made = unscored_run(scoring, warnings)
         report = stack.enter_context(
             Report(path.parent, cfg.iterations) if made else open_report(cfg)
@@ -4989,6 +4990,8 @@ def score_mode(path: Path, env: dict[str, str]) -> None:
         }  # fmt: skip
         if made:
             report.start_writing()
+        else:
+            report.begin()
         try:
             report_score(report, scoring, final, folder, tokenizer_path)
         except AuditFailed as error:
@@ -5004,10 +5007,6 @@ def report_score(
     """Audit and score in every mode asked for; a record of each, and the final one."""
     cfg, lines = scoring.cfg, []
     audit = Audit(scoring)
-    if tokenizer_path:
-        audit.same_tokenizer(tokenizer_path)
-    if report.early is not None:
-        report.begin()
     if cfg.audit:
         lines += audit.run(folder, tokenizer_path)
     modes = ("standard", "sliding") if cfg.eval_mode == "both" else (cfg.eval_mode,)
