@@ -4951,6 +4951,19 @@ def unscored_run(scoring: Scoring, warnings: list[str]) -> Event:
     return made if same else {}
 
 
+def final_facts(scoring: Scoring, made: Event) -> Event:
+    """What a final record says besides the score; made: the run's export record, or {}."""
+    cfg, artifact, text = scoring.cfg, scoring.artifact, scoring.text
+    return {
+        **dict.fromkeys(("train_steps", "train_tokens", "train_seconds", "tok_s"), 0),
+        **export_event(scoring.path, artifact.params, artifact.packed), **made, "event": "final",
+        "device": machine_kind(), "mlx_version": mx.__version__, "preset": cfg.preset,
+        "seed": cfg.seed, "val_sha256": text.sha256, "ended": time.time(),
+        "tokenizer_sha256": artifact.tokenizer.sha256,
+        "val_overlap": artifact.header.get("overlap"), "val_source_bytes": text.source_bytes,
+    }  # fmt: skip
+
+
 def score_mode(path: Path, env: dict[str, str]) -> None:
     """Score an artifact with its own settings, where the environment has no others, and report.
 
@@ -4979,15 +4992,7 @@ def score_mode(path: Path, env: dict[str, str]) -> None:
                 f"how it is scored, by the file where the environment says nothing: {given}"
             )
         describe_start(cfg, report, warnings, workers, 1, again=bool(made))
-        final = {
-            **dict.fromkeys(("train_steps", "train_tokens", "train_seconds", "tok_s"), 0),
-            **export_event(path, artifact.params, artifact.packed), **made, "event": "final",
-            "device": machine_kind(), "mlx_version": mx.__version__, "preset": cfg.preset,
-            "seed": cfg.seed, "val_sha256": scoring.text.sha256, "ended": time.time(),
-            "tokenizer_sha256": artifact.tokenizer.sha256,
-            "val_overlap": artifact.header.get("overlap"),
-            "val_source_bytes": scoring.text.source_bytes,
-        }  # fmt: skip
+        final = final_facts(scoring, made)
         if made:
             report.start_writing()
         else:
