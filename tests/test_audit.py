@@ -739,3 +739,24 @@ def test_honest_labels_pass(tmp_path, limit):
     assert ours.text.whole == (limit == 0)
     ours.text = dataclasses.replace(ours.text, whole=not ours.text.whole)
     fails("whole text", "called whole", t.Audit(ours).whole, tmp_path)
+
+
+# --------------------------------------------------------------------------------------------------
+# What is no cheat, and no score either, is called what it is
+
+
+def test_numbers_that_are_not_finite_are_named(monkeypatch):
+    audit = audit_of(OFF, made_up_text(80))
+    plant(monkeypatch, "log_softmax", lambda honest, logits: honest(logits) * np.float32(np.nan))
+    fails("finite", "not a finite number", audit.excerpts, 1)
+
+
+def test_a_net_that_does_not_repeat_is_named(monkeypatch):
+    """As on a device whose sums depend on chance."""
+    audit, rng = audit_of(OFF, made_up_text(80)), np.random.default_rng(0)
+
+    def noisy(honest, logits):
+        return honest(logits) + np.float32(1e-3) * rng.random(logits.shape, np.float32)
+
+    plant(monkeypatch, "log_softmax", noisy)
+    fails("repeatable", "two scores", audit.excerpts, 1)

@@ -537,13 +537,19 @@ def test_a_request_to_end_keeps_the_state(dataset, home):
     interrupt(home, "ended", signal.SIGTERM, **env)
 
 
-def test_a_finished_run_can_be_made_longer(main):
+def test_a_finished_run_can_be_made_longer(main, tmp_path):
     with pytest.raises(t.UserError, match=r"there is no \S+never-begun"):
         main("never-begun", RESUME=1)
     main("kept")
     extended = main("kept", RESUME=1, ITERATIONS=8)
     assert [e["step"] for e in extended if e["event"] == "train"] == list(range(1, 9))
     assert [e["train_steps"] for e in extended if e["event"] == "final"] == [6, 8]
+    before = contents(tmp_path / "kept")
+    shutil.rmtree(tmp_path / "kept" / "checkpoint")
+    with pytest.raises(t.UserError, match="no checkpoint left"):
+        main("kept", RESUME=1, ITERATIONS=9)
+    rest = contents(tmp_path / "kept")
+    assert rest == {path: before[path] for path in rest}
     with pytest.raises(t.UserError, match="RUN_ID"):
         main("", RESUME=1)
 
@@ -646,21 +652,39 @@ def test_the_script_may_be_edited_while_it_trains(edit, plain, dataset, home, tm
     assert (result.folder / SCRIPT.name).read_bytes() == source
 
 
-def test_another_script_leaves_a_run_without_a_score(plain, dataset, tmp_path):
-    """Its score is not what trained would score: it goes to a folder of its own."""
-    folder = shutil.copytree(plain.folder, tmp_path / "unscored")
+@pytest.mark.parametrize("other", ["", "script", "artifact", "text", "window"])
+def test_a_score_is_a_runs_only_if_all_of_it_is(other, train, dataset, tmp_path):
+    """What an unscored run trained, scored by its script on its text; else it goes elsewhere."""
+    trained = train(f"due-{other}", **NET)
+    folder = shutil.copytree(trained.folder, tmp_path / "unscored")
     lines = (folder / "metrics.jsonl").read_text().splitlines()
     assert json.loads(lines[-4])["event"] == "export"
     (folder / "metrics.jsonl").write_text("\n".join(lines[:-3]) + "\n")
+    script, env = SCRIPT, {"DEVICE": "cpu", "WORKERS": 2, "TOKENIZER_PATH": dataset.tokenizer}
+    env |= {"DATA_PATH": dataset.path, "EVAL_ONLY": folder / "artifact.bin"}
+    if other == "script":
+        script = edited(tmp_path / "other")
+    elif other == "artifact":
+        shutil.copy(train("due-seed", SEED=2, **NET).folder / "artifact.bin", folder)
+    elif other == "text":
+        env["DATA_PATH"] = shutil.copytree(dataset.path, tmp_path / "data_sp300")
+        (env["DATA_PATH"] / "tiny_val_000001.bin").unlink()
+    elif other == "window":
+        env["EVAL_STRIDE"] = 8
     before = contents(folder)
-    env = {"DEVICE": "cpu", "DATA_PATH": dataset.path, **NET}
-    script = edited(tmp_path / "other")
-    result = run(tmp_path, "", sys.executable, script, EVAL_ONLY=folder / "artifact.bin", **env)
-    assert result.status == 0 and contents(folder) == before, result.err
-    assert "warning: this script is not the one that trained" in result.out
+    result = run(tmp_path, "", sys.executable, script, **env)
+    assert result.status == 0, result.err
+    assert ("warning: this script is not the one that trained" in result.out) == (other == "script")
+    if not other:
+        last = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
+        assert last["event"] == "final" and last["val_bpb"] == final(trained)["val_bpb"]
+        assert last["train_tokens"] and not (tmp_path / "logs").exists()
+        return
+    assert contents(folder) == before
     (own,) = (tmp_path / "logs").iterdir()
     record = json.loads((own / "metrics.jsonl").read_text().splitlines()[-1])
-    assert record["code_bytes"] == script.stat().st_size
+    assert record["code_bytes"] == script.stat().st_size and record["train_tokens"] == 0
+    assert record["model_bytes"] == (folder / "artifact.bin").stat().st_size
 
 
 # --------------------------------------------------------------------------------------------------

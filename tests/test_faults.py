@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import resource
 import shutil
 import signal
@@ -164,13 +165,14 @@ def test_every_signal_ends_every_stage_in_order(stage, number, home, env, script
     error = error_of(cut, SHELL[number])
     assert signal.Signals(number).name in error
     if stage == "take_step":
-        assert checkpoint_of(cut)[1]["step"] >= 9
-        env |= {"ITERATIONS": 12}
+        saved = checkpoint_of(cut)[1]["step"]
+        assert saved >= 9
+        env |= {"ITERATIONS": saved + 2}
     if stage != "report_score":  # there all is on disk
         assert "RUN_ID=cut RESUME=1" in error
     rest = run(home, "cut", *([sys.executable, script] if stage != "take_step" else []),
                RESUME=1, **env)  # fmt: skip
-    assert final(rest)["train_steps"] in (6, 12) or stage == "take_step"
+    assert final(rest)["train_steps"] == (saved + 2 if stage == "take_step" else 6)
 
 
 def test_a_second_signal_ends_at_once(home, env):
@@ -241,7 +243,7 @@ def test_a_file_that_cannot_be_written_is_one_line(room, home, env):
     done = subprocess.run([sys.executable, SCRIPT], cwd=home, env=env, capture_output=True,
                           text=True, preexec_fn=limited(size))  # fmt: skip
     assert done.returncode in (1, 2) and "Traceback" not in done.stderr, done.stderr
-    assert "File too large" in done.stderr or "write" in done.stderr
+    assert re.search(r"^error: .*(File too large|\[write\]|No space left)", done.stderr, re.M)
     left = [path.name for path in home.rglob("*") if path.name.startswith("part-")]
     assert not left
     log = home / "logs" / "full" / "metrics.jsonl"

@@ -232,6 +232,13 @@ def test_a_weight_outside_0_to_1_is_refused(alpha):
         t.knobs_from_env({"PRESET": "h100", "NGRAM_ALPHA": alpha})
 
 
+def test_an_alias_is_as_strong_as_its_name_against_an_artifacts_settings(tmp_path):
+    kept = kept_by(tmp_path / "artifact.bin")
+    for name in ("TRAIN_SEQ_LEN", "TRAIN_MAX_SEQ_LEN"):
+        assert t.knobs_from_env({name: "64"}, kept)[0].train_seq_len == 64
+    assert t.knobs_from_env({}, kept)[0].train_seq_len == 512
+
+
 def test_aliases():
     env = {"PRESET": "h100", "SMEAR_ENABLED": "0", "USE_LN_SCALE": "0", "TRAIN_MAX_SEQ_LEN": "512"}
     cfg, warnings = t.knobs_from_env(env)
