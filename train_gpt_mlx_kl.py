@@ -792,9 +792,7 @@ def load_tokenizer(path: Path) -> Tokenizer:
     if "\u2581" in model.decode(model.encode(" a  b")):
         raise UserError(f"TOKENIZER_PATH={path}: without a U+2581 piece a space becomes three "
                         "bytes: train one that has it")  # fmt: skip
-    usual = (p for i, p in enumerate(pieces) if size[i] and not model.is_byte(i))
-    inner = next((p for p in usual if "\u2581" not in p), "a")  # it can only get one in front
-    dummy = "".join(model.encode(inner, out_type=str)).startswith("\u2581")
+    dummy = "".join(model.encode("a", out_type=str)).startswith("\u2581")  # in any script
     digest = file_sha256(path)
     return Tokenizer(np.array(size, np.uint16), leading, control, model.bos_id(), dummy, digest)
 
@@ -2062,22 +2060,22 @@ def unpack_tensors(rows: list, raw: bytes) -> Arrays:
     """The inverse of `pack_tensors`, up to quantisation. Raises ValueError, TypeError."""
     out, at = {}, 0
     for name, shape, bits in rows:
-        if name in out or not all(type(n) is int and n >= 0 for n in shape):
+        numbers = all(type(n) is int and n >= 0 for n in shape)
+        if name in out or not numbers or (bits and len(shape) != 2):
             raise ValueError(f"tensor {name} of shape {shape}")
         size = math.prod(shape)
-        need = size + 2 * shape[0] if bits else 4 * size
-        if at + need > len(raw) or (bits and len(shape) != 2):
-            raise ValueError(f"{name} of shape {shape} is longer than the file")
         if bits:
             codes = np.frombuffer(raw, np.int8, size, at).reshape(shape).astype(np.float32)
             scales = np.frombuffer(raw, "<u2", shape[0], at + size).astype(np.uint32) << 16
             with np.errstate(all="ignore"):  # what becomes of it is looked at below
                 values = codes * scales.view(np.float32)[:, None]
+            at += size + 2 * shape[0]
         else:
             values = np.frombuffer(raw, "<f4", size, at).reshape(shape)
+            at += 4 * size
         if not np.isfinite(values).all():
             raise ValueError(f"{name} is not finite")
-        out[name], at = mx.array(values), at + need
+        out[name] = mx.array(values)
     if at != len(raw):
         raise ValueError(f"{len(raw) - at} bytes behind the tensors")
     return out

@@ -36,6 +36,7 @@ from test_cli import (
 import train_gpt_mlx_kl as t
 
 __all__ = ["dataset"]  # a fixture
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # also where the tests were started by nohup
 SHELL = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGHUP: 129}
 LONG = {"ITERATIONS": 5000, "CHECKPOINT_SECONDS": 0}
 
@@ -262,7 +263,7 @@ def test_a_folder_that_vanishes_is_one_line(home, env):
 def test_a_run_that_is_alive_cannot_be_resumed(home, env):
     process = start(home, RUN_ID="alive", **{**env, **NET, **LONG, "CHECKPOINT_EVERY": 5})
     read_until(process, "step:9/")
-    other = run(home, "alive", RESUME=1, **{**env, **NET, **LONG})
+    other = run(home, "alive", RESUME=1, **{**env, **NET, "ITERATIONS": 12})
     assert "another process" in error_of(other, 2)
     process.kill()
     process.communicate()
@@ -292,6 +293,8 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(home, env):
     step = json.loads(t.mx.load(str(before), return_metadata=True)[1]["facts"])["counters"]["step"]
     rest = run(home, "cut", RESUME=1, **{**env, **NET, "ITERATIONS": 30})
     assert rest.status == 0 and f"goes on from step {step}" in rest.out
+    steps = [event["step"] for event in rest.events if event["event"] == "train"]
+    assert steps == list(range(1, 31))  # those after the checkpoint once, not twice
 
 
 @pytest.mark.parametrize("what", ["shortened", "removed"])
@@ -527,6 +530,22 @@ def test_no_artifact_is_more_than_a_line(small_artifact, tmp_path):
         sealed(path, other, code)
         read += read_or_refuse(lambda path=path: check_read(t.read_artifact(path)))
     assert read  # some alterations change nothing that could be told
+
+
+WRONG_TENSORS = {
+    "codes of a vector": ([["a", [3], 8]], 9),
+    "twice": ([["a", [1, 2], 0], ["a", [1, 2], 0]], 16),
+    "a shape below 0": ([["a", [-1, -2], 0]], 8),
+    "a shape of fractions": ([["a", [1.0, 2], 0]], 8),
+    "more than there is": ([["a", [10**6, 10**6], 8]], 8),
+    "less than there is": ([["a", [1, 2], 0]], 9),
+}
+
+
+@pytest.mark.parametrize("rows, size", WRONG_TENSORS.values(), ids=WRONG_TENSORS)
+def test_tensors_unlike_their_bytes_are_refused(rows, size):
+    with pytest.raises((ValueError, TypeError)):
+        t.unpack_tensors(rows, bytes(size))
 
 
 def check_read(artifact):
