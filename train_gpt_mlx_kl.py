@@ -66,6 +66,7 @@ import resource
 import shlex
 import shutil
 import signal
+import socket
 import struct
 import subprocess
 import sys
@@ -73,7 +74,7 @@ import threading
 import time
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -134,6 +135,7 @@ class Interrupts:
 
     def __init__(self) -> None:
         self.asked, self.holding = 0, False  # the signal's number; whether it has to wait
+        self.waits: Future | None = None  # what a thread does that can hang, and Python with it
 
     def listen(self) -> None:
         """Take the signals that are not ignored, as nohup ignores SIGHUP."""
@@ -516,6 +518,8 @@ def errors_as_lines() -> Iterator[None]:
         with contextlib.suppress(OSError):  # nobody reads it
             for line in str(error).splitlines():
                 print(f"error: {line}", file=sys.stderr, flush=True)
+        if interrupts.waits and not interrupts.waits.done():
+            os._exit(error.status)
         raise SystemExit(error.status) from None
 
 
@@ -671,12 +675,38 @@ def wait_for_disk(path: Path) -> None:
     """Wait until a file's bytes, or the names in a folder, would outlast a power cut."""
     handle = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(handle)
+        if hasattr(fcntl, "F_FULLFSYNC"):  # macOS, whose fsync waits for no disk
+            fcntl.fcntl(handle, fcntl.F_FULLFSYNC)
+        else:
+            os.fsync(handle)
     except OSError as error:
         if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # file systems that cannot do this
             raise
     finally:
         os.close(handle)
+
+
+def own_thread() -> queue.SimpleQueue:
+    """Where a thread with MLX streams of its own takes (future, function) from, to the end."""
+    work = queue.SimpleQueue()
+
+    def serve() -> None:
+        for done, function in iter(work.get, None):
+            try:
+                done.set_result(function())
+            except BaseException as error:
+                done.set_exception(error)
+            del done, function  # they would live until the next call
+        mx.clear_streams()  # a stream ends in the thread that made it
+
+    def end() -> None:
+        work.put(None)
+        thread.join()
+
+    thread = threading.Thread(target=serve, daemon=True)
+    thread.start()
+    atexit.register(end)
+    return work
 
 
 def on_cpu() -> bool:
@@ -963,12 +993,13 @@ class TrainWindows:
         return np.stack(rows)
 
     def fingerprint(self) -> str:
-        """What tells texts apart without reading them whole: each shard's length and two ends."""
-        ends = [
-            np.concatenate([s[: 1 << 16], s[max(len(s) - (1 << 16), 0) :]]) for s in self.shards
-        ]
-        pairs = zip(self.shards, ends, strict=True)
-        return str([(len(shard), zlib.crc32(both.tobytes())) for shard, both in pairs])
+        """SHA-256 of the shards' tokens, with where each ends."""
+        digest = hashlib.sha256()
+        for shard in self.shards:
+            for at in range(0, len(shard), 1 << 24):
+                digest.update(shard[at : at + (1 << 24)])
+            digest.update(str(len(shard)).encode())
+        return digest.hexdigest()
 
 
 SHARED_ENDS = 32  # tokens at both ends of a document, by which it is known again
@@ -1106,7 +1137,6 @@ def load_validation(folder: Path, tokenizer: Tokenizer, limit: int) -> Validatio
 # ==================================================================================================
 
 Progress = Callable[[int, int, str], None]  # tokens done, tokens in all, what to say of them
-LAUNCH_RANKS = ("MLX_RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK")
 
 # What people's parsers look for: "int6_zstd" is a label, whatever the bits and the compressor.
 TRAIN_LINE = (
@@ -1136,11 +1166,6 @@ FINAL_LINE = (
     "bytes of script and artifact{trained}; evaluated in {eval_seconds:.0f} s"
 )
 TRAINED = "; trained on {train_tokens:,} tokens in {train_seconds:.0f} s"
-
-
-def launched_rank() -> int:
-    """This process's number among those that a launcher started together; 0 without one."""
-    return next((int(os.environ[name]) for name in LAUNCH_RANKS if name in os.environ), 0)
 
 
 class Report(contextlib.AbstractContextManager):
@@ -1346,26 +1371,7 @@ compiled = mx.compile if MLX_COMPILES else lambda function: function
 @functools.cache
 def untraced_work() -> queue.SimpleQueue:
     """Where a thread that never traces a gradient takes its work from."""
-    work = queue.SimpleQueue()
-
-    def serve() -> None:
-        for done, stream, build, args in iter(work.get, None):
-            try:
-                with mx.stream(stream):
-                    done.set_result(build(*args))
-            except BaseException as error:
-                done.set_exception(error)
-            del done, stream, build, args  # they would live until the next call
-        mx.clear_streams()  # a stream ends in the thread that made it
-
-    def end() -> None:
-        work.put(None)
-        thread.join()
-
-    thread = threading.Thread(target=serve, daemon=True)
-    thread.start()
-    atexit.register(end)
-    return work
+    return own_thread()
 
 
 def untraced(build: Callable[..., Any]) -> Callable[..., Any]:
@@ -1379,7 +1385,12 @@ def untraced(build: Callable[..., Any]) -> Callable[..., Any]:
         if not on_cpu():  # whole steps are compiled there
             return build(*args)
         done, stream = Future(), mx.default_stream(mx.default_device())
-        untraced_work().put((done, stream, build, args))
+
+        def work() -> Any:
+            with mx.stream(stream):
+                return build(*args)
+
+        untraced_work().put((done, work))
         return done.result()
 
     return call
@@ -2390,27 +2401,125 @@ def make_workers(cfg: Knobs, neighbours: int = 1, ranks: int = 1) -> Workers:
     return Workers(count)
 
 
+LAUNCH_RANKS = ("MLX_RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK")
+JOIN_SECONDS = 25.0  # for all ranks to join
+SILENCE_SECONDS = 20.0  # after which a rank counts as stopped
+
+
+def launched_rank() -> int:
+    """This process's number among those that a launcher started together; 0 without one."""
+    return next((int(os.environ[name]) for name in LAUNCH_RANKS if name in os.environ), 0)
+
+
+def meeting_place() -> tuple[str, int, int] | None:
+    """(host, port, ranks) of rank 0's listener, as mlx.launch tells all; None where it does not."""
+    file = os.environ.get("MLX_HOSTFILE") or os.environ.get("MLX_IBV_DEVICES")
+    rows = json.loads(Path(file).read_text()) if file else []
+    nccl = f"{os.environ.get('NCCL_HOST_IP', '')}:{os.environ.get('NCCL_PORT', '')}"
+    ring = rows[0][0] if "MLX_HOSTFILE" in os.environ and rows else ""
+    host, _, port = (ring or os.environ.get("MLX_JACCL_COORDINATOR", nccl)).rpartition(":")
+    count = len(rows) or int(os.environ.get("MLX_WORLD_SIZE", 1))
+    return (host, int(port), count) if host and count > 1 else None
+
+
+class Heartbeat:
+    """Tells a rank that is busy from one that is stopped: that one is not heard of any more.
+
+    Every second each rank sends rank 0 a datagram, and is told how many ranks have been heard of.
+    """
+
+    WORD = struct.Struct("!II")  # who speaks, and how many ranks have joined as far as it knows
+
+    def __init__(self, rank: int, host: str, port: int, count: int) -> None:
+        """Waits until all ranks have joined. Raises RunFailed."""
+        self.rank, self.joined = rank, 1
+        self.heard: dict[int, float] = {}  # when a rank was last heard of
+        self.ready = {rank}  # ranks that know that all have joined
+        self.socket = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+        self.socket.settimeout(1)
+        try:
+            (self.socket.connect if rank else self.socket.bind)((host, port))
+        except OSError as error:
+            raise RunFailed(f"rank {rank} cannot use {host}:{port}: {error.strerror}") from None
+        threading.Thread(target=self.beat, args=(count,), daemon=True).start()
+        begin = time.monotonic()
+        while self.joined < count or (rank == 0 and len(self.ready) < count):
+            if time.monotonic() - begin > JOIN_SECONDS:
+                raise RunFailed(
+                    f"only {self.joined} of {count} ranks have joined rank 0 ({host}:{port}, UDP) "
+                    f"within {JOIN_SECONDS:.0f} s: each says itself what stops it"
+                )
+            time.sleep(0.02)
+        for _ in range(5 if rank else 0):  # MLX lets no thread run until all are connected
+            self.socket.send(self.WORD.pack(rank, count))
+
+    def beat(self, count: int) -> None:
+        """The thread's work."""
+        while True:
+            with contextlib.suppress(OSError):  # nobody is there, or nothing came in time
+                if self.rank:
+                    self.socket.send(self.WORD.pack(self.rank, self.joined))
+                word, sender = self.socket.recvfrom(self.WORD.size)
+                other, joined = self.WORD.unpack(word.ljust(self.WORD.size, b"\0"))
+                self.heard[other] = time.monotonic()
+                if self.rank:
+                    self.joined = joined
+                else:
+                    self.joined = len(self.heard) + 1
+                    self.ready |= {other} if joined == count else set()
+                    self.socket.sendto(self.WORD.pack(0, self.joined), sender)
+            if self.rank:
+                time.sleep(1 if self.joined == count else 0.1)
+
+    def missing(self) -> str:
+        """Says which rank is not heard of any more; '' if none is missing."""
+        now = time.monotonic()
+        silent = [rank for rank, at in self.heard.items() if now - at > SILENCE_SECONDS]
+        return (f"rank {silent[0]} has not been heard of for {SILENCE_SECONDS:.0f} s: was it "
+                "stopped, or does its machine sleep?") if silent else ""  # fmt: skip
+
+
 class Ranks:
     """The processes that `mlx.launch` started together, each with a part of every step.
 
     Without a launcher there is one, which waits for nothing. All ranks call the same methods in
-    the same order, and a method raises RunFailed where one of them is gone.
+    the same order, and a method raises RunFailed where one of them is gone. What waits for others
+    does so in a thread, as MLX could wait for ever.
     """
 
     def __init__(self) -> None:
-        group = mx.distributed.init()
+        place = meeting_place()
+        self.missing = Heartbeat(launched_rank(), *place).missing if place else str
+        try:
+            group = mx.distributed.init()
+        except RuntimeError as error:
+            raise RunFailed(f"the ranks could not be connected: {error}") from None
         self.rank, self.count = group.rank(), group.size()
+        self.work = own_thread() if self.count > 1 else None
+
+    def wait_for(self, work: Callable[[], Any]) -> Any:
+        """The result of what waits for other ranks. Raises RunFailed if one is gone."""
+        interrupts.waits = done = Future()
+        self.work.put((done, work))
+        while not wait([done], timeout=0.5).done:
+            if reason := self.missing():
+                raise RunFailed(reason)
+        try:
+            return done.result()
+        except RuntimeError as error:
+            raise RunFailed(f"another rank is gone ({error})") from None
 
     def exchange(self, operation: Callable[[Any], Any], mine: Any) -> Any:
         """Return what the operation makes of all ranks' arrays; a rank alone keeps its own."""
         if self.count == 1:
             return mine
         mx.eval(mine)  # all ranks then have the same operations left, in the same order
-        try:
+
+        def work() -> Any:
             mx.eval(out := operation(mine))
-        except RuntimeError as error:
-            raise RunFailed(f"another rank is gone ({error})") from None
-        return out
+            return out
+
+        return self.wait_for(work)
 
     def mean(self, tree: Any) -> Any:
         """The mean of all ranks' trees of float32 arrays."""

@@ -87,7 +87,7 @@ def start(cwd, *command, **env):
 
 def end_of(process, cwd, run_id, read=""):
     """What a process printed and left: out, err, status, folder, events."""
-    out, err = process.communicate()
+    out, err = process.communicate(timeout=300)
     # Slow machines are shown a running score, which the log leaves out.
     out = re.sub(r"^eval [^:]+: \d+/.*\n", "", read + out, flags=re.M)
     folder = cwd / "logs" / run_id
@@ -903,7 +903,7 @@ def test_how_a_run_is_computed_does_not_matter(name, plain, main):
 
 # --------------------------------------------------------------------------------------------------
 # Several processes
-def start_ranks(cwd, count, own=None, **env):
+def start_ranks(cwd, count, own=None, script=SCRIPT, **env):
     """The processes that `mlx.launch -n count --backend ring` would start here; `own` settings."""
     sockets = [socket.socket() for _ in range(count)]
     for s in sockets:
@@ -914,7 +914,9 @@ def start_ranks(cwd, count, own=None, **env):
     file = cwd / f"hosts-{env['RUN_ID']}.json"
     file.write_text(json.dumps(hosts))
     own = own or [{}] * count
-    return [start(cwd, MLX_HOSTFILE=file, MLX_RANK=i, **{**env, **own[i]}) for i in range(count)]
+    env |= {"MLX_HOSTFILE": file}
+    return [start(cwd, sys.executable, script, MLX_RANK=i, **{**env, **own[i]})
+            for i in range(count)]  # fmt: skip
 
 
 RANKS = {"WORKERS": 1, "ITERATIONS": 20, "WARMDOWN_ITERS": 10, **NET}
@@ -992,9 +994,10 @@ def test_the_others_stop_when_a_rank_is_killed(killed, dataset, home):
         assert checkpoint_of(other)[1]["step"] >= 5
 
 
-def test_ranks_with_other_settings_are_refused(dataset, home):
+@pytest.mark.parametrize("own", [{"MODEL_DIM": 48}, {"CHECKPOINT_EVERY": 3}])
+def test_ranks_with_other_settings_are_refused(own, dataset, home):
     env = {**TINY, "DATA_PATH": dataset.path, **RANKS, "RUN_ID": "unlike"}
-    ranks = start_ranks(home, 2, [{}, {"MODEL_DIM": 48}], **env)
+    ranks = start_ranks(home, 2, [{}, own], **env)
     for process in ranks:
         assert "--env" in error_of(end_of(process, home, "unlike"), 2)
 

@@ -20,6 +20,7 @@ from test_cli import (
     CLEAN,
     FLEETING,
     NET,
+    RANKS,
     SCRIPT,
     TINY,
     checkpoint_of,
@@ -31,6 +32,7 @@ from test_cli import (
     read_until,
     run,
     start,
+    start_ranks,
 )
 
 import train_gpt_mlx_kl as t
@@ -46,12 +48,13 @@ def paused_at(stage):
     honest = globals()[stage]
     def wait(*args, **named):
         print("paused", flush=True)
-        time.sleep(600)
+        time.sleep(float(os.environ.get("PAUSE_SECONDS", 600)))
         return honest(*args, **named)
     return wait
 
 if stage := os.environ.get("PAUSE"):
     globals()[stage] = paused_at(stage)
+SILENCE_SECONDS, JOIN_SECONDS = 3.0, float(os.environ.get("JOIN", JOIN_SECONDS))
 """
 
 
@@ -177,8 +180,7 @@ def test_every_signal_ends_every_stage_in_order(stage, number, home, env, script
 
 
 def test_a_second_signal_ends_at_once(home, env):
-    pause = '        print("paused", flush=True)\n        time.sleep(600)\n'
-    assert pause in PAUSES
+    pause = re.search(r" +print.*\n.*sleep.*\n", PAUSES).group()
     script = edited(home / "script", PAUSES.replace(pause, """
         for word in ("paused", "asked"):
             try:
@@ -224,6 +226,59 @@ def test_an_interrupted_run_can_be_exported(home, env):
     process.send_signal(signal.SIGINT)
     cut = end_of(process, home, "cut", read)
     assert final(cut)["audit"] == "pass" and 9 <= final(cut)["train_steps"] < 5000
+
+
+# --------------------------------------------------------------------------------------------------
+# Ranks: whatever becomes of one, the others end by themselves
+
+
+def test_the_others_stop_when_a_rank_is_stopped(home, env, script):
+    env |= {**RANKS, "RUN_ID": "stopped", "ITERATIONS": 100_000}
+    ranks = start_ranks(home, 2, script=script, **env)
+    read_until(ranks[0], "step:5/")
+    ranks[1].send_signal(signal.SIGSTOP)
+    other = end_of(ranks[0], home, "stopped")
+    ranks[1].kill()
+    ranks[1].communicate()
+    assert "rank 1 has not been heard of" in error_of(other, 1)
+    assert "RUN_ID=stopped RESUME=1" in other.err and checkpoint_of(other)[1]["step"] >= 5
+
+
+def test_a_rank_that_works_on_alone_is_waited_for(home, env, script):
+    """Rank 0 validates for longer than a silence; its heart beats meanwhile."""
+    env |= {**RANKS, "RUN_ID": "waited", "VAL_LOSS_EVERY": 5, "ITERATIONS": 7}
+    env |= {"PAUSE": "score_net", "PAUSE_SECONDS": 7}
+    ranks = start_ranks(home, 2, script=script, **env)
+    ends = [end_of(process, home, "waited") for process in ranks]
+    assert [end.status for end in ends] == [0, 0], [end.err for end in ends]
+
+
+@pytest.mark.parametrize("join", [2, 1000])
+def test_a_rank_that_waits_for_one_that_never_joins_can_end(join, home, env, script):
+    """By itself, or by a signal; the other one has a bad setting."""
+    env |= {**RANKS, "RUN_ID": "alone", "JOIN": join}
+    ranks = start_ranks(home, 2, [{}, {"MODEL_DIM": "x"}], script=script, **env)
+    assert "MODEL_DIM=x" in error_of(end_of(ranks[1], home, "alone"), 2)
+    if join == 2:
+        assert "only 1 of 2 ranks have joined" in error_of(end_of(ranks[0], home, "alone"), 1)
+        return
+    time.sleep(4)  # until it waits
+    ranks[0].send_signal(signal.SIGTERM)
+    assert "SIGTERM" in error_of(end_of(ranks[0], home, "alone"), 143)
+
+
+def test_ranks_with_other_text_of_the_same_length_are_refused(home, env, dataset):
+    other = home / "datasets" / "tiny_sp300"
+    shutil.copytree(dataset.path, other)
+    shard = next(other.glob("*_train_*"))
+    raw = bytearray(shard.read_bytes())
+    raw[len(raw) // 2 & -2] ^= 1  # one token, far from both ends
+    shard.write_bytes(raw)
+    env |= {**RANKS, "RUN_ID": "unlike", "TOKENIZER_PATH": dataset.tokenizer}
+    for process in start_ranks(home, 2, [{}, {"DATA_PATH": other}], **env):
+        assert "other settings, tokenizers or training text" in error_of(
+            end_of(process, home, "unlike"), 2
+        )
 
 
 # --------------------------------------------------------------------------------------------------
