@@ -45,7 +45,6 @@ import contextlib
 import ctypes
 import dataclasses
 import decimal
-import difflib
 import errno
 import fcntl
 import functools
@@ -119,6 +118,8 @@ class Diverged(RunFailed):
 
 class Interrupted(BaseException):  # no library's `except Exception` is meant
     """A signal that asked the program to end; the status is what a shell makes of it."""
+
+    together = False  # whether all ranks end at the same step
 
     def __init__(self, number: int) -> None:
         super().__init__(f"stopped by {signal.Signals(number).name}")
@@ -332,14 +333,24 @@ PRESETS = {
         EVAL_MODE=standard""",
 }
 
-REMOVED = (
-    ("TTT_", "test-time training is not part of this script"),
-    ("SWA_", "SWA is the plain mean from EMA_START_FRAC on: use USE_SWA=1 and EMA_START_FRAC"),
+NOT_KEPT = (  # public names, and why
+    ("TTT_ENABLED TTT_LR TTT_EPOCHS TTT_MOMENTUM TTT_CHUNK_TOKENS TTT_CHUNK_SIZE TTT_BATCH_SEQS "
+     "TTT_BATCH_SIZE TTT_EVAL_SEQ_LEN TTT_FREEZE_BLOCKS TTT_FREEZE_LAYERS TTT_GRAD_CLIP "
+     "TTT_LORA_RANK TTT_LORA_LR TTT_TARGET_LAST_N",
+     "test-time training is not part of this script"),
+    ("SWA_ENABLED SWA_EVERY SWA_START_FRAC SWA_DECAY",
+     "SWA is the plain mean from EMA_START_FRAC on: use USE_SWA=1 and EMA_START_FRAC"),
     ("TIE_EMBEDDINGS", "embeddings are always tied"),
     ("CONTROL_TENSOR_NAME_PATTERNS", "the GROUPS table in the script says what is quantised"),
-    ("INT8_KEEP_FLOAT", "WEIGHT_BITS and EMBED_BITS set the precision"),
+    ("INT8_KEEP_FLOAT_MAX_NUMEL INT8_KEEP_FLOAT_FP32_NAME_PATTERNS",
+     "WEIGHT_BITS and EMBED_BITS set the precision"),
     ("COMPLEMENT_BY", "weights come from pairs of tokens; the mixer's contexts gained 0.0005 BPB"),
-)
+)  # fmt: skip
+ELSEWHERE = {  # what other trainers call a knob
+    "LR": "MATRIX_LR", "LEARNING_RATE": "MATRIX_LR", "BATCH_SIZE": "TRAIN_BATCH_TOKENS",
+    "MAX_WALLCLOCK": "MAX_WALLCLOCK_SECONDS", "SEQ_LEN": "TRAIN_SEQ_LEN", "STEPS": "ITERATIONS",
+    "MAX_STEPS": "ITERATIONS", "WEIGHT_DECAY": "MUON_WEIGHT_DECAY",
+}  # fmt: skip
 
 
 def knobs_of(cfg: Knobs, *scopes: str) -> dict[str, Any]:
@@ -403,16 +414,22 @@ def guess_device(choice: str) -> str:
     return "gpu" if any(name.lower().startswith("mlx-cuda") for name in names) else "cpu"
 
 
+def one_edit(a: str, b: str) -> bool:
+    """Whether one letter more, less or other makes a name another."""
+    i = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+    return a != b and (a[i + 1 :] in (b[i:], b[i + 1 :]) or a[i:] == b[i + 1 :])
+
+
 def check_names(env: dict[str, str]) -> tuple[list[str], list[str]]:
-    """Variables that name no knob -> (problems: public names not kept, warnings: misspellings)."""
+    """Variables that name no knob -> (problems: public names not kept, warnings: mistakes)."""
     fields = dataclasses.fields(Knobs)
-    names = [name for f in fields for name in (f.name.upper(), f.metadata["alias"])]
+    names = [name for f in fields for name in (f.name.upper(), f.metadata["alias"]) if name]
     problems, warnings = [], []
     for name in sorted(set(env) - set(names)):
-        reasons = [why for prefix, why in REMOVED if name.startswith(prefix)]
+        reasons = [why for public, why in NOT_KEPT if name in public.split()]
         problems += [f"{name}: not a setting here: {why}; unset it" for why in reasons]
-        near = [] if reasons else difflib.get_close_matches(name, names, n=1, cutoff=0.88)
-        warnings += [f"{name} is not a setting; did you mean {known}?" for known in near]
+        near = [ELSEWHERE[name]] if name in ELSEWHERE else [k for k in names if one_edit(name, k)]
+        warnings += [f"{name} is not a setting; did you mean {known}?" for known in near[:1]]
     return problems, warnings
 
 
@@ -997,7 +1014,7 @@ class TrainWindows:
         digest = hashlib.sha256()
         for shard in self.shards:
             for at in range(0, len(shard), 1 << 24):
-                digest.update(shard[at : at + (1 << 24)])
+                digest.update(shard[at : at + (1 << 24)].tobytes())
             digest.update(str(len(shard)).encode())
         return digest.hexdigest()
 
@@ -1247,7 +1264,9 @@ class Report(contextlib.AbstractContextManager):
         """A JSON object in metrics.jsonl, and its lines with the event's values filled in."""
         if not self.folder:
             return
-        self.append("metrics.jsonl", json.dumps(event) + "\n")
+        numbers = {k: v for k, v in event.items() if isinstance(v, float)}
+        null = {k: None for k, v in numbers.items() if not math.isfinite(v)}  # JSON has no NaN
+        self.append("metrics.jsonl", json.dumps({**event, **null}) + "\n")
         for text in lines:
             trained = TRAINED.format(**event) if event.get("train_tokens") else ""
             part = part_of_text(event)
@@ -2633,6 +2652,7 @@ class Trainer:
         self.opt = new_optimizer_state(self.params, self.groups)
         self.average = self.params
         self.step, self.elapsed_s, self.averaged, self.skipped = 0, 0.0, 0, 0
+        self.best_loss = self.blind = math.log(data.vocab)  # a net that knows nothing
         self.windows = cfg.train_batch_tokens // cfg.train_seq_len
         self.tokens_per_step = self.windows * cfg.train_seq_len  # of all ranks
         if self.windows < ranks.count:
@@ -2653,16 +2673,17 @@ class Trainer:
         self.add_workers, self.move = whole(self._add_workers), whole(self._move)
 
     def take_step(self) -> Event:
-        """Take one step; returns its train event. Raises Diverged where it is not finite."""
+        """Take one step; returns its train event. Raises Diverged where it is a bad one."""
         cfg, begin = self.cfg, time.perf_counter()
         factor = lr_factor(self.step, self.elapsed_s, cfg)
         averaging = progress(self.step, self.elapsed_s, cfg) >= cfg.ema_start_frac
         averaged = self.averaged if averaging else 0
         loss, norm, grads = self.gradients(quantised=factor < cfg.late_qat_threshold)
-        good = math.isfinite(loss + norm)
+        good = math.isfinite(loss + norm) and not self.exploded(loss)
         self.skipped += not good
         if self.skipped > cfg.skip_bad_steps:
-            raise Diverged(self.why_not_finite(loss, grads))
+            raise Diverged(self.why_bad(loss, grads))
+        self.best_loss = min(self.best_loss, loss) if good else self.best_loss
         hyper = {
             "lr_factor": factor, "momentum": momentum_at(self.step, cfg), "step": self.step + 1.0,
             "clip": min(cfg.grad_clip_norm / (norm + 1e-12), 1.0),
@@ -2678,11 +2699,18 @@ class Trainer:
             "event": "train", "step": self.step, "train_loss": loss, "grad_norm": norm,
             "lr_factor": factor, "train_time_ms": 1000 * self.elapsed_s,
             "step_avg_ms": 1000 * self.elapsed_s / self.step,
-            "tok_s": self.tokens_per_step / seconds,
+            "tok_s": self.tokens_per_step / seconds, "skipped": not good,
         }  # fmt: skip
 
-    def why_not_finite(self, loss: float, grads: list[Arrays]) -> str:
-        """What to say of a step whose loss or gradients are not finite."""
+    def exploded(self, loss: float) -> bool:
+        """Whether a net that had learned something is worse than one that knows nothing."""
+        return self.best_loss < self.blind - 1 and loss > self.blind
+
+    def why_bad(self, loss: float, grads: list[Arrays]) -> str:
+        """What to say of a step that is not to be taken."""
+        if self.exploded(loss):
+            return (f"step {self.step + 1}: loss {loss:.4f}, worse than a net that knows nothing; "
+                    f"it was {self.best_loss:.4f} once. {LOWER}")  # fmt: skip
         names = [n for part in grads for n, g in part.items() if not mx.isfinite(g).all().item()]
         rest = f" and {len(names) - 3} more" if len(names) > 3 else ""
         return (f"step {self.step + 1}: loss {loss}, gradients that are not finite: "
@@ -2780,7 +2808,7 @@ class Trainer:
     def state(self) -> State:
         """All that steps change."""
         arrays = {"params": self.params, "opt": self.opt, "average": self.average}
-        counters = ("step", "elapsed_s", "averaged", "skipped")
+        counters = ("step", "elapsed_s", "averaged", "skipped", "best_loss")
         return arrays, {name: getattr(self, name) for name in counters}
 
     def set_state(self, arrays: dict[str, Arrays], counters: dict[str, float]) -> None:
@@ -2859,38 +2887,29 @@ class Keeper:
 
 def train(
     trainer: Trainer, report: Report, validate: Callable[[Trainer], None], keeper: Keeper
-) -> bool:
-    """Take steps until the steps or the clock are used up; log, validate and save on the way.
-
-    Returns whether all were taken: EXPORT_ON_INTERRUPT ends them early.
-    """
+) -> None:
+    """Take steps until the steps or the clock are used up; log, validate and save on the way."""
     cfg, ranks = trainer.cfg, trainer.ranks
 
     def due(every: int) -> bool:
         return bool(every) and trainer.step % every == 0
 
-    validated, agreed = last_record(report.folder, "val").get("step"), False
-    try:
-        with interrupts.held():
-            while not trainer.finished():
-                if due(cfg.val_loss_every) and trainer.step not in (0, validated) and report.folder:
-                    with interrupts.free():
-                        validate(trainer)
-                report_step(trainer, report, trainer.take_step())
-                # Each rank has a clock of its own.
-                save = due(cfg.checkpoint_every) or keeper.due()
-                agreed, save = ranks.any(bool(interrupts.asked), save)
-                if agreed:
-                    raise Interrupted(interrupts.asked or signal.SIGTERM)
-                if save:
-                    keeper.save()
-    except Interrupted:
-        if not cfg.export_on_interrupt or (ranks.count > 1 and not agreed):
-            raise
-        interrupts.asked = 0
-        report.line(f"stopped at step {trainer.step}: EXPORT_ON_INTERRUPT=1 exports it")
-        return False
-    return True
+    validated = last_record(report.folder, "val").get("step")
+    with interrupts.held():
+        while not trainer.finished():
+            if due(cfg.val_loss_every) and trainer.step not in (0, validated) and report.folder:
+                with interrupts.free():
+                    validate(trainer)
+            report_step(trainer, report, trainer.take_step())
+            # Each rank has a clock of its own.
+            save = due(cfg.checkpoint_every) or keeper.due()
+            asked, save = ranks.any(bool(interrupts.asked), save)
+            if asked:
+                stop = Interrupted(interrupts.asked or signal.SIGTERM)
+                stop.together = True
+                raise stop
+            if save:
+                keeper.save()
 
 
 def report_step(trainer: Trainer, report: Report, event: Event) -> None:
@@ -2900,8 +2919,10 @@ def report_step(trainer: Trainer, report: Report, event: Event) -> None:
     if (step == 20 or (step == 1 and left < 20)) and left < cfg.warmdown_iters:
         warning = f"warning: WARMDOWN_ITERS={cfg.warmdown_iters}, but only about "
         report.line(f"{warning}{left:.0f} steps are left: the learning rate falls now")
-    if cfg.train_log_every and (step % cfg.train_log_every == 0 or step <= 5):
+    if event["skipped"] or (cfg.train_log_every and (step % cfg.train_log_every == 0 or step <= 5)):
         report.event(event, TRAIN_LINE)
+    if event["skipped"]:
+        report.line(f"step {step} is left out: bad step {trainer.skipped} of {cfg.skip_bad_steps}")
 
 
 # ==================================================================================================
@@ -4169,7 +4190,8 @@ class Packer:
         self.budget, self.workers = budget, workers
         self.seconds = 0.0
         self.error: Exception | None = None
-        self.thread = threading.Thread(target=self.run, daemon=True)
+        self.ended = threading.Event()  # an interrupted `join` takes a thread for one that ended
+        self.ended.set()
         self.mixer: LogisticMixer | None = None
         self.leaf = np.arange(tokenizer.vocab)
         self.coder = Coder()
@@ -4187,7 +4209,8 @@ class Packer:
         self.deadline = self.begin + (self.cfg.max_wallclock_seconds or math.inf) - spent_s
         self.begin -= self.seconds
         self.workers.reserved = 1
-        self.thread.start()
+        self.ended.clear()
+        threading.Thread(target=self.run, daemon=True).start()
         if not self.cfg.max_wallclock_seconds:
             self.wait(keeper)
 
@@ -4200,6 +4223,7 @@ class Packer:
         finally:
             self.workers.reserved = 0
             self.seconds = time.perf_counter() - self.begin
+            self.ended.set()
 
     def time_left(self) -> float:
         """Seconds until the clock of the run ends."""
@@ -4231,8 +4255,7 @@ class Packer:
 
     def wait(self, keeper: Keeper | None = None) -> None:
         """Wait for the thread, with checkpoints meanwhile; raises what went wrong in it."""
-        while self.thread.is_alive():
-            self.thread.join(0.5)
+        while not self.ended.wait(0.5):
             if keeper and keeper.due():
                 keeper.save(together=False)
         if self.error:
@@ -4243,9 +4266,7 @@ class Packer:
         with self.lock:
             if not self.count:
                 return {}
-            seconds = (
-                self.seconds if not self.thread.is_alive() else time.perf_counter() - self.begin
-            )
+            seconds = self.seconds if self.ended.is_set() else time.perf_counter() - self.begin
             parts = {"leaf": self.leaf, "count": np.array(self.count), "coder": self.coder.state,
                      "seconds": np.array(seconds),
                      "code": np.frombuffer(bytes(self.coder.out), np.uint8)}  # fmt: skip
@@ -4862,32 +4883,46 @@ def train_to_artifact(
     packer: Packer | None,
 ) -> Event:  # fmt: skip
     """Train and pack, then export: sizes and counts, on rank 0 alone."""
-    cfg, first = trainer.cfg, not trainer.cfg.max_wallclock_seconds
+    cfg, first, waited = trainer.cfg, not trainer.cfg.max_wallclock_seconds, 0.0
 
     def validate(trainer: Trainer) -> None:
         args = trainer.model, trainer.average, text, tokenizer, cfg, trainer.workers
         report.event({"event": "val", "step": trainer.step, **score_net(*args)}, VAL_LINE)
 
-    if packer:
-        if first:
-            report.line("packing text first, as there is no MAX_WALLCLOCK_SECONDS to share")
-        packer.start(trainer.elapsed_s, keeper)
-    if not train(trainer, report, validate, keeper) and packer:
-        packer.deadline = 0.0
-    keeper.save()  # from here on nothing of the training can be lost
+    try:
+        if packer:
+            if first:
+                report.line("packing text first, as there is no MAX_WALLCLOCK_SECONDS to share")
+            packer.start(trainer.elapsed_s, keeper)
+        train(trainer, report, validate, keeper)
+        keeper.save()  # from here on nothing of the training can be lost
+        if not trainer.ranks.rank and last_record(report.folder, "val").get("step") != trainer.step:
+            validate(trainer)
+        if packer:
+            begin = time.perf_counter()
+            if not packer.ended.is_set():
+                report.line("packing goes on until its bytes or MAX_WALLCLOCK_SECONDS are used up")
+            packer.wait(keeper)
+            waited = time.perf_counter() - begin
+    except Interrupted as error:
+        if not cfg.export_on_interrupt or (trainer.ranks.count > 1 and not error.together):
+            raise
+        interrupts.asked = 0
+        report.line(f"stopped at step {trainer.step}: EXPORT_ON_INTERRUPT=1 exports it")
+        if packer:
+            packer.deadline = 0.0
     if trainer.ranks.rank:
         return {}
-    if last_record(report.folder, "val").get("step") != trainer.step:
-        validate(trainer)
-    seconds, begin = trainer.elapsed_s, time.perf_counter()
+    loss = last_record(report.folder, "val").get("val_loss", 0.0)
+    if loss > trainer.blind + 0.1:
+        report.line(f"warning: with val_loss {loss:.4f} the net is worse than one that knows "
+                    f"nothing ({trainer.blind:.4f}). {LOWER}")  # fmt: skip
     if packer:
-        if packer.thread.is_alive():
-            report.line("packing goes on until its bytes or MAX_WALLCLOCK_SECONDS are used up")
         packer.wait(keeper)
-        seconds += packer.seconds if first else time.perf_counter() - begin
         keeper.save(together=False)
     made = export(trainer, report, packer, tokenizer, text.overlap)
-    return {**made, "train_seconds": seconds}
+    packing = packer.seconds if packer and first else waited
+    return {**made, "train_seconds": trainer.elapsed_s + packing}
 
 
 def resume(
@@ -4960,6 +4995,7 @@ def train_run(
         written = f"{data.fingerprint()} {tokenizer.sha256}"
         ranks.check_same(f"{knobs_of(cfg, 'run', *KEPT_SCOPES)} {written}")
         loaded = load_validation(folder, tokenizer, cfg.val_max_tokens)
+        size = tokenizer_path.stat().st_size
         check = functools.partial(check_text, cfg, loaded, data, tokenizer, tokenizer_path)
         text = ranks.in_turn(lambda: loaded if ranks.rank else check())
         trainer = Trainer(GPT(cfg, tokenizer.vocab, tokenizer.bos), cfg, data, workers, ranks)
@@ -4981,7 +5017,6 @@ def train_run(
                 return
             if packer and cfg.audit:
                 write_first_message(cfg, packer.mixer, report.folder / "artifact.bin", folder)
-            size = tokenizer_path.stat().st_size
             text_facts = {"tokenizer_bytes": size, "val_sha256": text.sha256}
             report.event({**made, **text_facts}, EXPORT_LINE)
 

@@ -219,13 +219,44 @@ def test_a_closed_pipe_ends_the_run_in_order(home, env):
     assert rest.status == 0, rest.err
 
 
-def test_an_interrupted_run_can_be_exported(home, env):
-    env |= {**LONG, "EXPORT_ON_INTERRUPT": 1}
-    process = start(home, RUN_ID="cut", **env)
-    read = read_until(process, "step:9/")
+@pytest.mark.parametrize("stage", ["token_tree", "take_step", "score_net", "export"])
+def test_an_interrupted_run_can_be_exported(stage, home, env, script):
+    """Whatever it is at: what is trained and packed so far becomes an artifact and a score."""
+    env |= {"EXPORT_ON_INTERRUPT": 1, "PAUSE_SECONDS": 2}
+    env |= LONG if stage == "take_step" else {"PAUSE": stage}
+    process = start(home, sys.executable, script, RUN_ID="cut", **env)
+    read = read_until(process, "step:9/" if stage == "take_step" else "paused")
     process.send_signal(signal.SIGINT)
     cut = end_of(process, home, "cut", read)
-    assert final(cut)["audit"] == "pass" and 9 <= final(cut)["train_steps"] < 5000
+    if stage == "export":  # it is being done already
+        assert "RESUME=1" in error_of(cut, 130)
+        return
+    assert final(cut)["audit"] == "pass"
+    low, high = {"token_tree": (0, 0), "take_step": (9, 4999), "score_net": (6, 6)}[stage]
+    assert low <= final(cut)["train_steps"] <= high
+
+
+def test_bad_steps_that_are_left_out_are_said_in_json(home, env, script):
+    """NaN is no JSON."""
+    bad = edited(home / "script", PAUSES + """
+honest_gradients = Trainer.gradients
+def gradients(self, quantised):
+    loss, norm, grads = honest_gradients(self, quantised)
+    return (math.nan, norm, grads) if self.step == 3 else (loss, norm, grads)
+Trainer.gradients = gradients
+""")  # fmt: skip
+    env |= NET
+    assert "step 4: loss nan" in error_of(run(home, "stopped", sys.executable, bad, **env), 1)
+    result = run(home, "left", sys.executable, bad, SKIP_BAD_STEPS=1, **env)
+    assert "step 4 is left out: bad step 1 of 1" in result.out
+    log = (result.folder / "metrics.jsonl").read_text()
+
+    def refuse(word):
+        raise AssertionError(word)
+
+    events = [json.loads(line, parse_constant=refuse) for line in log.splitlines()]
+    losses = {e["step"]: e["train_loss"] for e in events if e["event"] == "train"}
+    assert losses[4] is None and all(losses[step] for step in (1, 2, 3, 5))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -476,6 +507,19 @@ def test_a_dummy_prefix_is_known_in_every_script(words, prefix, tmp_path):
     ids = np.array([i for text in texts for i in (1, *model.encode(text))], np.int32)
     counted, true = t.decoded_bytes(path, facts, ids)
     assert counted == true == sum(len(text.encode()) for text in texts)
+
+
+def test_a_tokenizer_that_vanishes_meanwhile_is_one_line(home, env, dataset, script):
+    path = shutil.copy(dataset.tokenizer, home / "t.model")
+    env |= {"TOKENIZER_PATH": path, "PAUSE": "export", "PAUSE_SECONDS": 2}
+    process = start(home, sys.executable, script, RUN_ID="cut", **env)
+    read = read_until(process, "paused")
+    os.unlink(path)
+    cut = end_of(process, home, "cut", read)
+    assert f"{path}: no such file" in error_of(cut, 2)
+    assert t.read_artifact(cut.folder / "artifact.bin")
+    shutil.copy(dataset.tokenizer, path)
+    assert final(run(home, "cut", RESUME=1, **env))["audit"] == "pass"
 
 
 # --------------------------------------------------------------------------------------------------

@@ -376,3 +376,20 @@ def test_a_file_of_other_numbers_is_not_scored(tmp_path):
     cfg = t.knobs_from_env({"MIXER_MEMORY_MB": "5", "MIXER": "logistic"}, kept)[0]
     with pytest.raises(t.UserError, match=r"MIXER_MEMORY_MB=5: .* has 1950"):
         t.Scoring.load(cfg, path, tmp_path, None)
+
+
+def test_names_that_are_no_settings():
+    """A public name that is not kept stops; a slip is named; the rest is somebody else's."""
+    others = dict.fromkeys(["SWA_CLI_DEPLOYMENT_TOKEN", "TTT_H", "HOME", "SEEDLING", "TRAIN"], "x")
+    assert t.check_names(others) == ([], [])
+    problems, _ = t.check_names({"TTT_LR": "1", "SWA_DECAY": "1"})
+    assert [p.partition(":")[0] for p in problems] == ["SWA_DECAY", "TTT_LR"]
+    slips = {"NUM_LAYER": "NUM_LAYERS", "SEEDS": "SEED", "MIXTER": "MIXER", "LR": "MATRIX_LR",
+             "NUM_LAYERZ": "NUM_LAYERS", "MAX_WALLCLOCK": "MAX_WALLCLOCK_SECONDS"}  # fmt: skip
+    for name, meant in slips.items():
+        assert t.check_names({name: "1"}) == (
+            [],
+            [f"{name} is not a setting; did you mean {meant}?"],
+        )
+    names = [field.name.upper() for field in t.dataclasses.fields(t.Knobs)]
+    assert set(t.ELSEWHERE.values()) <= set(names) and not set(t.ELSEWHERE) & set(names)

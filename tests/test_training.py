@@ -359,6 +359,21 @@ def test_a_learning_rate_that_is_too_high_stops_the_run_with_finite_weights(
     check_last_state(trainer, trainer.step, tmp_path)
 
 
+def test_a_net_that_forgets_what_it_has_learned_stops_the_run(make_trainer):
+    """Its loss is finite, but higher than that of a net that knows nothing."""
+    trainer = make_trainer()
+    losses = [trainer.take_step()["train_loss"] for _ in range(3)]
+    assert trainer.state()[1]["best_loss"] == min(losses) < math.log(50)
+    good = trainer.params
+    trainer.params = {n: p * -30 if n == "tok_emb" else p for n, p in good.items()}
+    trainer.take_step()  # it had learned too little for its loss to be a surprise
+    trainer.params = {n: p * -30 if n == "tok_emb" else p for n, p in good.items()}
+    trainer.best_loss = math.log(50) - 1.1
+    with pytest.raises(t.Diverged, match=r"step 5: loss \d.*knows nothing; it was 2.8120 once"):
+        trainer.take_step()
+    assert trainer.step == 4
+
+
 @pytest.mark.parametrize("env", [{"WORKERS": 1}, {"WORKERS": 2, "USE_SWA": 1}])
 def test_a_resumed_run_equals_an_uninterrupted_one(make_trainer, tmp_path, env):
     # 20 windows a step: the first epoch ends before the cut
