@@ -2,8 +2,8 @@
 # /// script
 # requires-python = ">=3.10"
 # dependencies = [
-#   "mlx>=0.32; sys_platform == 'darwin' and platform_machine == 'arm64'",
-#   "mlx[cpu]>=0.32; sys_platform == 'linux'",
+#   "mlx>=0.32.1; sys_platform == 'darwin' and platform_machine == 'arm64'",
+#   "mlx[cpu]>=0.32.1; sys_platform == 'linux'",
 #   "scipy-openblas32>=0.3.29; sys_platform == 'linux'",
 #   "numpy>=1.26", "numba>=0.60", "sentencepiece>=0.2", "brotli>=1.1",
 #   "tqdm>=4.66",
@@ -232,6 +232,7 @@ class Knobs:
     max_wallclock_seconds: float = knob(600.0, "seconds of training at most; 0: no limit", "run")
     warmup_steps: int = knob(20, "steps thrown away before the clock starts", "run", hi=10_000)
     warmdown_iters: int = knob(3500, "last steps, over which the learning rate falls to 0", "run")
+    warmdown_frac: float = knob(0.5, "share of the run that they are at most; 0: any", "run", hi=1)
     train_log_every: int = knob(200, "steps between train lines; 0: none", "run")
     grad_accum_steps: int = knob(8, "microbatches per step and worker, at least", "run", lo=1)
     mlx_max_microbatch_tokens: int = knob(8192, "tokens per microbatch, at most", "run", lo=1)
@@ -326,10 +327,11 @@ PRESETS = {
         ENGRAM_HASH_SIZE=4096 ENGRAM_EMBED_DIM=128 WARMUP_STEPS=2 WARMDOWN_ITERS=300
         MUON_MOMENTUM_WARMUP_STEPS=200 EMA_DECAY=0.98 TRAIN_LOG_EVERY=20
         EVAL_STRIDE=512 NGRAM_ALPHA=auto VAL_MAX_TOKENS=4194304""",
-    "h100": "NUM_LAYERS=10 MLP_MULT=2 ENGRAM_EMBED_DIM=64 NGRAM_ALPHA=auto",
+    "h100": """NUM_LAYERS=10 MLP_MULT=2 ENGRAM_EMBED_DIM=64 NGRAM_ALPHA=auto GRAD_ACCUM_STEPS=1
+        MLX_MAX_MICROBATCH_TOKENS=65536""",
     "baseline": """NUM_LAYERS=9 MLP_MULT=2 MLP_LEAK=0 ROPE_DIMS=0 XSA_LAST_N=0 LN_SCALE_ENABLED=0
         USE_ORTHO_INIT=0 USE_SMEARGATE=0 ENGRAM_LITE_ENABLED=0 BIGRAM_HASH_SIZE=0
-        COMPLEMENT_ALPHA=0 WARMDOWN_ITERS=1200 EMA_DECAY=0 WEIGHT_BITS=7 MIXER=off
+        COMPLEMENT_ALPHA=0 WARMDOWN_ITERS=1200 WARMDOWN_FRAC=0 EMA_DECAY=0 WEIGHT_BITS=7 MIXER=off
         EVAL_MODE=standard""",
 }
 
@@ -634,13 +636,19 @@ def use_blas(blas: dict[str, Any]) -> str:
 
 
 def cpu_cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """Cores that this process may use, by its affinity and its container's quota."""
+    affinity = getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count() or 1))
+    quota = cgroup_file("cpu.max", "cpu/cpu.cfs_quota_us").split()
+    period = quota[1:] or cgroup_file("cpu/cpu.cfs_period_us").split()
+    shares = [int(word) for word in quota[:1] + period[:1] if word.isdigit()]
+    most = math.ceil(shares[0] / shares[1]) if len(shares) == 2 else len(affinity(0))
+    return max(min(len(affinity(0)), most), 1)
 
 
 if sys.platform == "linux":
     keep_freed_memory()
 BLAS = open_blas(os.environ.get("BLAS") or "auto")
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # NumPy's own: its products here are small
 
 with errors_as_lines():
     import mlx.core as mx
@@ -648,7 +656,7 @@ with errors_as_lines():
     import numpy as np
     from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
-BLAS_NAME = use_blas(BLAS)
+BLAS_NAME = use_blas(BLAS) if mx.default_device().type == mx.DeviceType.cpu else "not used"
 Array, Arrays = mx.array, dict[str, mx.array]
 
 
@@ -731,6 +739,11 @@ def on_cpu() -> bool:
     return mx.default_device().type == mx.DeviceType.cpu
 
 
+def on_metal() -> bool:
+    """Whether MLX computes on an Apple GPU."""
+    return not on_cpu() and mx.metal.is_available()
+
+
 def peak_memory() -> int:
     """Bytes at most: MLX's on a GPU, the process's on a CPU."""
     if not on_cpu():
@@ -739,11 +752,32 @@ def peak_memory() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
+CACHE_LIMIT = 2 << 30  # bytes that MLX may keep of freed buffers on Metal, else nearly all
+
+
+def cgroup_file(*names: str) -> str:
+    """What a container's control group says in the first of these files that there is; '' else."""
+    own = Path("/proc/self/cgroup")
+    lines = own.read_text().splitlines() if own.is_file() else []
+    paths = [line.split(":", 2)[2].strip("/") for line in lines if line.count(":") >= 2]
+    for name, path in itertools.product(names, [*paths, ""]):
+        kind, _, file = name.rpartition("/")
+        with contextlib.suppress(OSError):
+            return (Path("/sys/fs/cgroup") / kind / path / file).read_text().strip()
+    return ""
+
+
 def memory_limit() -> int:
-    """Bytes that the GPU recommends to use, or that the machine has."""
+    """Bytes that this process may use: by the GPU, the container, the machine."""
     gpu = {} if on_cpu() else mx.device_info()
-    machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return gpu.get("max_recommended_working_set_size", gpu.get("total_memory", machine))
+    for key in ("max_recommended_working_set_size", "total_memory", "memory_size"):
+        if gpu.get(key):
+            return int(gpu[key])
+    group = cgroup_file("memory.max", "memory/memory.limit_in_bytes")
+    limits = [int(group)] if group.isdigit() else []
+    with contextlib.suppress(ValueError, OSError):
+        limits.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    return min(limits, default=8 << 30)
 
 
 def use_device(cfg: Knobs) -> None:
@@ -753,6 +787,10 @@ def use_device(cfg: Knobs) -> None:
         if not mx.is_available(device):
             raise UserError("DEVICE=gpu: this MLX has none; on Linux: pip install 'mlx[cuda13]'")
         mx.set_default_device(device)
+    if on_metal():
+        mx.set_cache_limit(CACHE_LIMIT)
+    if not on_cpu():
+        atexit.register(mx.clear_streams)  # before the driver unloads
 
 
 def machine_kind() -> str:
@@ -1383,8 +1421,44 @@ def hash_context(tokens: list[Array], size: int, order: int, head: int) -> Array
 # ==================================================================================================
 
 MASKED = -1e6  # a score whose exponential is exactly 0
-MLX_COMPILES = shutil.which("g++") is not None or sys.platform == "darwin"
-compiled = mx.compile if MLX_COMPILES else lambda function: function
+
+
+def whole_library(path: Path) -> bool:
+    """Whether an ELF64 file is as long as it says: its table of sections comes last."""
+    raw = path.read_bytes()
+    if raw[:4] != b"\x7fELF" or len(raw) < 64:
+        return False
+    (table,), (size, count) = struct.unpack_from("<Q", raw, 40), struct.unpack_from("<HH", raw, 58)
+    return table + size * count <= len(raw)
+
+
+def compiler_fault() -> str:
+    """Why MLX cannot compile kernels for a CPU here; '' if it can.
+
+    A library that was cut short when it was written would fail for ever: it is removed.
+    """
+    if sys.platform == "darwin" or not on_cpu():
+        return ""
+    if not shutil.which("g++"):
+        return "no g++"
+    names = ("TMPDIR", "TMP", "TEMP", "TEMPDIR")
+    folder = next((os.environ[name] for name in names if os.environ.get(name)), "/tmp")
+    with contextlib.suppress(OSError):
+        for path in (Path(folder) / "mlx" / mx.__version__ / "cpu").glob("*.so"):
+            if not whole_library(path):
+                path.unlink()
+                say(f"{path} was cut short: it is compiled anew")
+    try:
+        mx.eval(mx.compile(lambda x: 3 * x + 1)(mx.ones(3)))
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0]
+        return f"{reason}: set TMPDIR to a folder of your own that may hold programs"
+    return ""
+
+
+if COMPILER_FAULT := compiler_fault():
+    mx.disable_compile()
+compiled = mx.compile
 
 
 @functools.cache
@@ -1604,6 +1678,32 @@ def init_matrix(rows: int, columns: int, rng: Any, orthogonal: bool) -> Array:
     return mx.array(rng.uniform(-bound, bound, (rows, columns)).astype(np.float32))
 
 
+def row_sum(x: Array) -> Array:
+    """Sum over the last axis in float32, (..., d) -> (..., 1): Metal adds bfloat16 in bfloat16."""
+    return mx.sum(x.astype(mx.float32), axis=-1, keepdims=True)
+
+
+@mx.custom_function
+def narrow_scaled(x: Array, gain: Array) -> Array:
+    """See `scaled`."""
+    return x * gain.astype(x.dtype)
+
+
+@narrow_scaled.vjp
+def narrow_scaled_vjp(primals: Any, d: Array, _: Array) -> tuple[Array, Array]:
+    """The gradient by x in its own precision; the one by a gain, a long sum, in float32."""
+    x, gain = primals
+    wide = (d * x).astype(mx.float32)
+    first = wide.ndim - gain.ndim
+    axes = [i for i in range(wide.ndim) if i < first or gain.shape[i - first] == 1]
+    return d * gain.astype(x.dtype), mx.sum(wide, axis=axes).reshape(gain.shape)
+
+
+def scaled(x: Array, gain: Array) -> Array:
+    """x (..., D) times gain, float32, which broadcasts; in x's precision."""
+    return x * gain if x.dtype == mx.float32 else narrow_scaled(x, gain)
+
+
 class Linear(nn.Module):
     """x (..., columns) -> (..., rows), times `gain` (rows,); weights are cast to x's dtype."""
 
@@ -1636,7 +1736,7 @@ class Attention(nn.Module):
         self.proj = Linear(mx.zeros((d, d)))
         self.q_gain = mx.full((self.heads,), cfg.qk_gain_init)
 
-    def __call__(self, x: Array, gain: Array) -> Array:
+    def __call__(self, x: Array, gain: Array, training: bool) -> Array:
         """(B, T, D) -> (B, T, D), times gain (D,)."""
         batch, length, _ = x.shape
 
@@ -1644,16 +1744,15 @@ class Attention(nn.Module):
             return y.reshape(batch, length, heads, self.head_dim)
 
         q_gain = mx.minimum(self.q_gain, SCORE_LIMIT / self.head_dim**0.5)
-        q_gain = q_gain.astype(x.dtype)[:, None, None]
         rope = self.rope_dims, self.rope_base
-        q = rotary(rms_norm(split(self.c_q(x), self.heads)), *rope) * q_gain
+        q = scaled(rotary(rms_norm(split(self.c_q(x), self.heads)), *rope), q_gain[:, None, None])
         k = rotary(rms_norm(split(self.c_k(x), self.kv_heads)), *rope)
         v = split(self.c_v(x), self.kv_heads).transpose(0, 2, 1, 3)
-        y = causal_attention(q, k, v, self.head_dim**-0.5)
+        y = causal_attention(q, k, v, self.head_dim**-0.5, training)
         if self.xsa:
             own = mx.repeat(v, self.heads // self.kv_heads, axis=1)
-            own = own * mx.rsqrt(mx.sum(own * own, axis=-1, keepdims=True) + 1e-6)
-            y = y - mx.sum(y * own, axis=-1, keepdims=True) * own
+            own = own * mx.rsqrt(row_sum(own * own) + 1e-6).astype(x.dtype)
+            y = y - row_sum(y * own).astype(x.dtype) * own
         return self.proj(y.transpose(0, 2, 1, 3).reshape(batch, length, -1), gain)
 
 
@@ -1668,10 +1767,20 @@ def rotary(x: Array, dims: int, base: float) -> Array:
     return mx.fast.rope(x, dims, traditional=True, base=base, scale=1.0, offset=0)
 
 
-def causal_attention(q: Array, k: Array, v: Array, scale: float) -> Array:
-    """q (B, H, T, d); k, v (B, Hkv, T, d) -> (B, H, T, d): MLX's kernel, or the CPU's."""
+def causal_attention(q: Array, k: Array, v: Array, scale: float, training: bool) -> Array:
+    """q (B, H, T, d); k, v (B, Hkv, T, d) -> (B, H, T, d): MLX's kernel, or the CPU's.
+
+    Where a gradient is wanted Metal has no kernel, and keeps all T x T scores: less in blocks.
+    """
     if not on_cpu():
-        return mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask="causal")
+        whole = [(0, q.shape[2])]
+        parts = [
+            mx.fast.scaled_dot_product_attention(
+                q[:, :, a:b], k[:, :, :b], v[:, :, :b], scale=scale, mask="causal"
+            )
+            for a, b in (query_blocks(q.shape[2]) if training and on_metal() else whole)
+        ]
+        return mx.concatenate(parts, axis=2)
     grouped = (q * scale).reshape(q.shape[0], k.shape[1], -1, *q.shape[2:])
     k, v = mx.contiguous(k), mx.contiguous(v)
     return cpu_attention(grouped, k, v)[0].reshape(q.shape)
@@ -1711,11 +1820,10 @@ class Block(nn.Module):
         self.resid_mix = mx.stack([mx.ones((cfg.model_dim,)), mx.zeros((cfg.model_dim,))])
         self.depth_scale = 1 / math.sqrt(index + 1) if cfg.ln_scale_enabled else 1.0
 
-    def __call__(self, x: Array, x0: Array) -> Array:
+    def __call__(self, x: Array, x0: Array, training: bool) -> Array:
         """x, x0 (B, T, D) -> (B, T, D); x0 is the embedding."""
-        mix = self.resid_mix.astype(x.dtype)
-        x = mix[0] * x + mix[1] * x0
-        x = x + self.attn(rms_norm(x), self.attn_scale * self.depth_scale)
+        x = scaled(x, self.resid_mix[0]) + scaled(x0, self.resid_mix[1])
+        x = x + self.attn(rms_norm(x), self.attn_scale * self.depth_scale, training)
         return x + self.mlp(rms_norm(x), self.mlp_scale * self.depth_scale**2)
 
 
@@ -1743,7 +1851,7 @@ class EngramLite(nn.Module):
             rows.append(row + i * self.size)
         e = self.tables[mx.stack(rows, axis=-1)]
         gates = mx.repeat(mx.sigmoid(self.gates) / self.heads, self.heads)
-        return gates @ e
+        return gates @ e if on_cpu() else mx.sum(gates[:, None] * e, axis=-2)
 
 
 class LogitHash(nn.Module):
@@ -1792,27 +1900,29 @@ class GPT(nn.Module):
         if "smear_gate" in self:
             inside = (context[0] != self.bos)[..., None].astype(x.dtype)
             before = mx.pad(x, [(0, 0), (1, 0), (0, 0)])[:, :-1] * inside
-            x = x + mx.sigmoid(self.smear_gate).astype(x.dtype) * before
+            x = x + scaled(before, mx.sigmoid(self.smear_gate))
         return rms_norm(x)
 
-    def trunk(self, x: Array) -> Array:
+    def trunk(self, x: Array, training: bool) -> Array:
         """Embedding (B, T, D) -> features for the head (B, T, D)."""
         x0, half, kept = x, len(self.blocks) // 2, []
         for i, block in enumerate(self.blocks):
             if i >= half and kept:
-                x = x + self.skips[i - half].astype(x.dtype) * kept.pop()
-            x = block(x, x0)
+                x = x + scaled(kept.pop(), self.skips[i - half])
+            x = block(x, x0, training)
             if i < half:
                 kept.append(x)
         return rms_norm(x)
 
-    def head_inputs(self, x: Array, last: int) -> tuple[Array, Array, Array]:
+    def head_inputs(
+        self, x: Array, last: int, training: bool = False
+    ) -> tuple[Array, Array, Array]:
         """Inputs (B, T) -> (f (B*last, K), weight (V, K), bias (B*last, V) or (1, 1)).
 
         The uncapped logits of the last positions are f @ weight.T + bias.
         """
         context = document_context(x, self.bos, 5)
-        h = self.trunk(self.embed(context))[:, -last:]
+        h = self.trunk(self.embed(context), training)[:, -last:]
         recent = [c[:, -last:] for c in context]
         f, weight, bias = [h], [self.tok_emb], mx.zeros((1, 1))
         if "engram" in self:
@@ -1827,7 +1937,7 @@ class GPT(nn.Module):
 
     def nll(self, x: Array, y: Array) -> Array:
         """Inputs and targets (B, T) -> cross-entropy of each target, (B, T) float32 nats."""
-        f, weight, bias = self.head_inputs(x, x.shape[1])
+        f, weight, bias = self.head_inputs(x, x.shape[1], training=True)
         flat, parts = y.reshape(-1), []
         size = self.chunk or f.shape[0]
         for a in range(0, f.shape[0], size):
@@ -2406,7 +2516,7 @@ class Workers(contextlib.AbstractContextManager):
 
 
 def make_workers(cfg: Knobs, neighbours: int = 1, ranks: int = 1) -> Workers:
-    """Start WORKERS workers, or one per core; they share the BLAS's threads. A GPU has one.
+    """Start WORKERS workers, or one per core, with a BLAS thread each. A GPU has one.
 
     neighbours: ranks that share this machine's cores; ranks: those that share a step.
     """
@@ -2416,7 +2526,7 @@ def make_workers(cfg: Knobs, neighbours: int = 1, ranks: int = 1) -> Workers:
     cores = max(cpu_cores() // neighbours, 1)
     count = (cfg.workers or max(min(cores, windows), 1)) if on_cpu() else 1
     if BLAS:
-        BLAS["set_threads"](max(cores // count, 1))
+        BLAS["set_threads"](1)  # more would wait for each other where the machine is busy
     return Workers(count)
 
 
@@ -2597,10 +2707,14 @@ def progress(step: int, elapsed_s: float, cfg: Knobs) -> float:
 
 
 def lr_factor(step: int, elapsed_s: float, cfg: Knobs) -> float:
-    """Factor on every learning rate: 1, then linear to 0 over the last WARMDOWN_ITERS steps."""
-    if not cfg.warmdown_iters:
-        return 1.0
-    return min(remaining_steps(step, elapsed_s, cfg) / cfg.warmdown_iters, 1.0)
+    """Factor on every learning rate: 1, then linear to 0 over the last steps.
+
+    These are WARMDOWN_ITERS, or WARMDOWN_FRAC of the run if that is less.
+    """
+    left = remaining_steps(step, elapsed_s, cfg)
+    most = cfg.warmdown_frac * (step + left) if cfg.warmdown_frac else math.inf
+    steps = min(cfg.warmdown_iters, most)
+    return min(left / steps, 1.0) if steps else 1.0
 
 
 def momentum_at(step: int, cfg: Knobs) -> float:
@@ -2913,12 +3027,8 @@ def train(
 
 
 def report_step(trainer: Trainer, report: Report, event: Event) -> None:
-    """Log a step, if TRAIN_LOG_EVERY says so, and warn once where the warm-down has begun early."""
+    """Log a step, if TRAIN_LOG_EVERY says so."""
     cfg, step = trainer.cfg, trainer.step
-    left = remaining_steps(step, trainer.elapsed_s, cfg)
-    if (step == 20 or (step == 1 and left < 20)) and left < cfg.warmdown_iters:
-        warning = f"warning: WARMDOWN_ITERS={cfg.warmdown_iters}, but only about "
-        report.line(f"{warning}{left:.0f} steps are left: the learning rate falls now")
     if event["skipped"] or (cfg.train_log_every and (step % cfg.train_log_every == 0 or step <= 5)):
         report.event(event, TRAIN_LINE)
     if event["skipped"]:
@@ -2939,6 +3049,35 @@ def load_numba() -> Any:
     return numba
 
 
+@functools.cache
+def no_kernel_cache() -> None:
+    """Say once what the lack of a cache costs."""
+    say("warning: numba finds no folder for its cache: every start compiles context models anew, "
+        "20 s: set NUMBA_CACHE_DIR")  # fmt: skip
+
+
+def mend_cache(cache: Any) -> None:
+    """Let a cache of numba's that cannot be read or written be as good as an empty one."""
+    load, save = cache.load_overload, cache.save_overload
+
+    def load_or_forget(*args: Any) -> Any:
+        try:
+            return load(*args)
+        except Exception as error:  # whatever a damaged pickle raises
+            say(f"numba's cache is damaged ({error!r}): it is made anew")
+            with contextlib.suppress(OSError):
+                cache.flush()
+            return None
+
+    def save_or_not(*args: Any) -> None:
+        try:
+            save(*args)
+        except OSError:
+            no_kernel_cache()
+
+    cache.load_overload, cache.save_overload = load_or_forget, save_or_not
+
+
 class kernel:
     """A function that numba compiles when it is first called: importing it needs no numba."""
 
@@ -2951,8 +3090,15 @@ class kernel:
     @functools.cached_property
     def compiled(self) -> Any:
         """The function as Python calls it; machine code is kept on disk for the next run."""
-        unchanged = script_unchanged()  # else it would be kept as the new file's code
-        return self.compile(nogil=True, cache=unchanged)
+        if not script_unchanged():  # it would be kept as the new file's code
+            return self.compile(nogil=True)
+        try:
+            function = self.compile(nogil=True, cache=True)
+        except RuntimeError:
+            no_kernel_cache()
+            return self.compile(nogil=True)
+        mend_cache(function._cache)
+        return function
 
     @functools.cached_property
     def part(self) -> Any:
@@ -4305,6 +4451,7 @@ def unpack(mixer: LogisticMixer, packed: PackedText, label: str) -> None:
 # first token alone, decodes it. So the bits that a score claims are enough to get the text back.
 
 Parts = Iterator[tuple[int, np.ndarray]]  # (first target, rows: one per target from there on)
+ROWS_MOST = 1 << 24  # numbers in a batch of the net's rows, 64 MB: some of them are at hand at once
 
 
 def scoring_windows(targets: int, seq_len: int, stride: int) -> Iterator[tuple[int, int, int]]:
@@ -4365,16 +4512,29 @@ def net_rows(
         if first < last:
             yield first, first_window(model, text, seq_len, workers)[first:last]
     padded = pad_text(text, len(text) + seq_len + stride, model.bos)
-    batch = min(batch, max(len(rest), 1))
-    for at in range(0, len(rest), batch):
-        together = rest[at : at + batch]
-        rows = np.stack([padded[s : s + seq_len] for s, _, _ in together])
-        rows = np.pad(rows, [(0, batch - len(rows)), (0, 0)])
-        shares = np.array_split(rows, min(workers.count, batch))
-        parts = workers.map(forward, [(mx.array(share), stride) for share in shares])
+    numbers = stride * model.tok_emb.shape[0]  # of a window's rows
+    batch = max(min(batch, len(rest), ROWS_MOST // numbers), 1)
+
+    def computed() -> Iterator[tuple[list, list[Array]]]:
+        for at in range(0, len(rest), batch):
+            together = rest[at : at + batch]
+            rows = np.stack([padded[s : s + seq_len] for s, _, _ in together])
+            rows = np.pad(rows, [(0, batch - len(rows)), (0, 0)])
+            shares = np.array_split(rows, min(workers.count, batch))
+            parts = workers.map(forward, [(mx.array(s), stride) for s in shares], on_cpu())
+            mx.async_eval(parts)  # a GPU goes on while the host takes the batch before
+            yield together, parts
+
+    batches = computed() if on_cpu() else with_next_begun(computed())
+    for together, parts in batches:
         out = log_softmax(np.concatenate([np.array(p) for p in parts]))
         for (_, first, end), logs in zip(together, out, strict=False):
             yield first, logs[: end - first]
+
+
+def with_next_begun(items: Iterator[Any]) -> Iterator[Any]:
+    """Each item, once the next one has been asked for."""
+    return (item for item, _ in itertools.pairwise(itertools.chain(items, [None])))
 
 
 def ahead(parts: Parts) -> Parts:
@@ -4779,13 +4939,17 @@ def describe_start(
     cfg: Knobs, report: Report, warnings: list[str], workers: Workers, ranks: int, again: bool
 ) -> None:
     """Lines that say what runs where, and the config event unless the run has one: `again`."""
-    if on_cpu() and not MLX_COMPILES:
-        warnings = [*warnings, "no g++: MLX's CPU kernels run uncompiled, which is slower"]
+    if on_cpu() and COMPILER_FAULT:
+        fault = f"MLX's CPU kernels run uncompiled, which is slower: {COMPILER_FAULT}"
+        warnings = [*warnings, fault]
+    if cfg.device == "auto" and on_cpu() and guess_device("auto") == "gpu":
+        warnings = [*warnings, "a GPU's preset, but MLX computes on the CPU: where mlx-cuda is "
+                    "installed, mlx-cpu has overwritten it: take a fresh environment"]  # fmt: skip
     for warning in warnings:
         report.line(f"warning: {warning}")
     machine = {
         "machine": machine_kind(), "mlx_version": mx.__version__, "dtype_used": compute_dtype(cfg),
-        "blas_used": BLAS_NAME if on_cpu() else "not used", "workers_used": workers.count,
+        "blas_used": BLAS_NAME, "workers_used": workers.count,
         "ranks": ranks, "gflops": gigaflops(workers),
     }  # fmt: skip
     if again:
@@ -4795,27 +4959,50 @@ def describe_start(
         report.event({"event": "config", **dataclasses.asdict(cfg), **machine}, *CONFIG_LINES)
 
 
-def estimate_memory(
-    params: Arrays, cfg: Knobs, microbatches: list[int], targets: int
-) -> dict[str, int]:
-    """Peak bytes by estimate: {"net": of training, "mixer": of a process that has one}.
-
-    microbatches: windows that each worker holds at once; targets: tokens of the validation text.
-    The net's are its float32 tensors (values, moments, average, old and new; gradients of each
-    worker and their sum) and what a microbatch keeps for its gradient: its blocks, the scores, and
-    the head.
-    """
+def activation_bytes(cfg: Knobs, vocab: int, tokens: int) -> int:
+    """What microbatches of so many tokens keep for their gradients: blocks, scores, the head."""
     size = 4 if compute_dtype(cfg) == "float32" else 2
-    tokens = sum(microbatches) * cfg.train_seq_len
-    seen = 5 / 8 if on_cpu() else 1  # of the scores: see `query_blocks`
+    seen = 5 / 8 if on_cpu() or on_metal() else 1  # of the scores: see `query_blocks`
     scores = int(cfg.num_heads * cfg.train_seq_len * seen)
     block = (8 + 3 * cfg.mlp_mult) * cfg.model_dim + scores  # fitted to tests/benchmarks/memory.py
-    head = min(cfg.logit_chunk_tokens or tokens, tokens) * params["tok_emb"].shape[0] * 4 * 4
+    head = min(cfg.logit_chunk_tokens or tokens, tokens) * vocab * 4 * 4
+    return tokens * cfg.num_layers * block * size + head
+
+
+def fit_memory(cfg: Knobs, vocab: int, env: dict[str, str]) -> tuple[Knobs, list[str]]:
+    """Settings that the environment leaves open, lowered to what the memory holds; lines."""
+    limit, lines = memory_limit(), []
+    if "MIXER_MEMORY_MB" not in env and cfg.mixer_memory_mb << 20 > limit // 4:
+        cfg = dataclasses.replace(cfg, mixer_memory_mb=max(limit // 4 >> 20, 1))
+        lines.append(f"MIXER_MEMORY_MB={cfg.mixer_memory_mb}: a quarter of this machine's memory")
+    tokens = cfg.mlx_max_microbatch_tokens
+    while tokens > cfg.train_seq_len and activation_bytes(cfg, vocab, tokens) > limit // 3:
+        tokens //= 2
+    if "MLX_MAX_MICROBATCH_TOKENS" not in env and tokens < cfg.mlx_max_microbatch_tokens:
+        cfg = dataclasses.replace(cfg, mlx_max_microbatch_tokens=tokens)
+        lines.append(f"MLX_MAX_MICROBATCH_TOKENS={tokens}: more would need over a third of it")
+    return cfg, lines
+
+
+def estimate_memory(
+    params: Arrays, cfg: Knobs, microbatches: list[int], val_tokens: int, train_tokens: int = 0
+) -> dict[str, int]:
+    """Peak bytes by estimate: {"net": of training, "mixer": of a process that has one, "rest"}.
+
+    microbatches: windows that each worker holds at once. The net's are its float32 tensors
+    (values, moments, average, old and new; gradients of each worker and their sum) and its
+    activations. The rest are counts of pairs, the text that is packed, a batch of the net's rows
+    in scoring, and freed buffers that MLX keeps.
+    """
+    vocab = params["tok_emb"].shape[0]
     copies = sum(p.size for p in params.values()) * 4 * (7 + len(microbatches))
-    nodes = targets * (cfg.ngram_max_order + 1)  # at most, each with up to four slots
+    nodes = val_tokens * (cfg.ngram_max_order + 1)  # at most, each with up to four slots
     mixer = {"logistic": cfg.mixer_memory_mb << 20, "backoff": nodes * (NODE.itemsize + 16)}
-    net = copies + tokens * cfg.num_layers * block * size + head
-    return {"net": net, "mixer": mixer.get(cfg.mixer, 0)}
+    net = copies + activation_bytes(cfg, vocab, sum(microbatches) * cfg.train_seq_len)
+    pairs = 8 * vocab**2 if cfg.complement_alpha else 0
+    packed = 8 * min(train_tokens, PACKED_TOKENS_MOST) if cfg.mixer == "logistic" else 0
+    rest = pairs + packed + 6 * 4 * ROWS_MOST + (CACHE_LIMIT if on_metal() else 0)
+    return {"net": net, "mixer": mixer.get(cfg.mixer, 0), "rest": rest}
 
 
 def describe_training(trainer: Trainer, text: ValidationText) -> Iterator[str]:
@@ -4835,11 +5022,13 @@ def describe_training(trainer: Trainer, text: ValidationText) -> Iterator[str]:
         yield (f"the tokenizer alters the text: {text.source_bytes:,} bytes of source are "
                f"{text.stated_bytes:,} decoded, on which the score is measured")  # fmt: skip
     yield f"script and artifact: about {size:,} of {ARTIFACT_LIMIT_BYTES:,} bytes, by estimate"
-    use = estimate_memory(trainer.params, cfg, trainer.largest_microbatches, len(text.tokens))
+    sizes = len(text.tokens), data.tokens
+    use = estimate_memory(trainer.params, cfg, trainer.largest_microbatches, *sizes)
     limit = memory_limit()
     yield (f"memory: about {use['net'] / 1e9:.1f} GB for the net's training, "
-           f"{use['mixer'] / 1e9:.1f} for a mixer, by estimate, of {limit / 1e9:.1f}")  # fmt: skip
-    if use["net"] + use["mixer"] > limit:
+           f"{use['mixer'] / 1e9:.1f} for a mixer, {use['rest'] / 1e9:.1f} for the rest, by "
+           f"estimate, of {limit / 1e9:.1f}")  # fmt: skip
+    if sum(use.values()) > limit:
         yield "warning: memory may not suffice: lower MLX_MAX_MICROBATCH_TOKENS or MIXER_MEMORY_MB"
 
 
@@ -4945,7 +5134,7 @@ def resume(
         yield f"and from {packer.count:,} packed tokens"
 
 
-def train_mode(cfg: Knobs, warnings: list[str]) -> None:
+def train_mode(cfg: Knobs, warnings: list[str], env: dict[str, str]) -> None:
     """Train until weights, artifact and message are on disk, then become the scoring program."""
     if cfg.mixer != "off":
         load_numba()  # its lack is said before anything is trained
@@ -4953,6 +5142,8 @@ def train_mode(cfg: Knobs, warnings: list[str]) -> None:
     folder, tokenizer_path, where = ranks.in_turn(lambda: locate_data(cfg))
     tokenizer = load_tokenizer(tokenizer_path)
     check_vocab(cfg, tokenizer)
+    cfg, lowered = fit_memory(cfg, tokenizer.vocab, env)
+    warnings = [*warnings, *lowered]
     with ranks.in_turn(lambda: Report(None, 0) if ranks.rank else open_report(cfg)) as report:
         kinds = "config", "export", "final"
         done = last_record(report.folder, *kinds)
@@ -5015,6 +5206,7 @@ def train_run(
             made = train_to_artifact(trainer, report, text, tokenizer, keeper, packer)
             if ranks.rank:
                 return
+            mx.clear_cache()  # of what training has freed
             if packer and cfg.audit:
                 write_first_message(cfg, packer.mixer, report.folder / "artifact.bin", folder)
             text_facts = {"tokenizer_bytes": size, "val_sha256": text.sha256}
@@ -5183,7 +5375,7 @@ def main(cfg: Knobs, warnings: list[str], env: dict[str, str]) -> None:
     if cfg.eval_only:
         score_mode(Path(cfg.eval_only), env)
     else:
-        train_mode(cfg, warnings)
+        train_mode(cfg, warnings, env)
 
 
 if __name__ == "__main__":

@@ -187,7 +187,11 @@ def test_every_parameter_moves_within_three_steps(make_trainer, env):
 def test_a_run_makes_the_updates_of_mlx_optimizers(make_trainer):
     # The gradient of each step is read back from the moments; rates and momentum change by step.
     trainer = make_trainer(
-        ITERATIONS=8, WARMDOWN_ITERS=6, MUON_MOMENTUM_WARMUP_STEPS=3, MATRIX_LR=0.04
+        ITERATIONS=8,
+        WARMDOWN_ITERS=6,
+        WARMDOWN_FRAC=1,
+        MUON_MOMENTUM_WARMUP_STEPS=3,
+        MATRIX_LR=0.04,
     )
     name, matrix = "tok_emb", "blocks.1.mlp.fc.weight"
     adam = mlx.optimizers.Adam(0, betas=[0.9, 0.95], eps=1e-8, bias_correction=True)

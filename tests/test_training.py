@@ -244,7 +244,13 @@ CLOCK = {"ITERATIONS": 0, "MAX_WALLCLOCK_SECONDS": 100, "WARMDOWN_ITERS": 25}
         (60, 9, STEPS, 1, 0.6),
         (70, 9, STEPS, 0.75, 0.7),
         (100, 9, STEPS, 0, 1),
-        (0, 0, {"ITERATIONS": 10, "WARMDOWN_ITERS": 40}, 0.25, 0),
+        (0, 0, {"ITERATIONS": 10, "WARMDOWN_ITERS": 40, "WARMDOWN_FRAC": 0}, 0.25, 0),
+        (5, 9, {"ITERATIONS": 10, "WARMDOWN_ITERS": 40}, 1, 0.5),
+        (8, 9, {"ITERATIONS": 10, "WARMDOWN_ITERS": 40}, 0.4, 0.8),
+        (8, 9, {"ITERATIONS": 10, "WARMDOWN_ITERS": 40, "WARMDOWN_FRAC": 0.25}, 0.8, 0.8),
+        # 10 steps in 30 s: 33.3 in all, of which at most half
+        (10, 30, {**CLOCK, "WARMDOWN_ITERS": 90}, 1, 0.3),
+        (10, 75, {**CLOCK, "WARMDOWN_ITERS": 90}, 0.5, 0.75),
         (70, 9, {"ITERATIONS": 100, "WARMDOWN_ITERS": 0}, 1, 0.7),
         # 50 steps in 80 s: 20 s are 12.5 steps
         (50, 80, CLOCK, 0.5, 0.8),
@@ -463,7 +469,8 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before(
 @pytest.mark.parametrize("env", [{}, {"ENGRAM_LITE_ENABLED": 0, "USE_GPTQ_LITE": 0}])
 def test_quantised_training_uses_the_artifacts_weights_straight_through(make_trainer, env):
     # step 0 of 4 with a warm-down of 8 steps: the factor is 0.5
-    settings = {"ITERATIONS": 4, "WARMDOWN_ITERS": 8, "WEIGHT_BITS": 4, "EMBED_BITS": 4, **env}
+    settings = {"ITERATIONS": 4, "WARMDOWN_ITERS": 8, "WARMDOWN_FRAC": 0, "WEIGHT_BITS": 4,
+                "EMBED_BITS": 4, **env}  # fmt: skip
     trainer = make_trainer(LATE_QAT_THRESHOLD=0.6, **settings)
     rng = np.random.default_rng(5)
     params = {n: p + mx.array(0.1 * rng.standard_normal(p.shape).astype(np.float32))
