@@ -35,7 +35,7 @@ the order in which data flows:
     PACKING           training text inside the artifact, whose decoding primes the mixer
     EVALUATION        load, prime, decode the first tokens' code, score each position once, total
     AUDIT             causality, normalisation, bytes: checked through the code that scores
-    MODES             two programs that meet in files: train, and score
+    MODES             two programs that meet in files, train and score; a doctor for machines
 """
 
 from __future__ import annotations
@@ -69,6 +69,7 @@ import socket
 import struct
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import zlib
@@ -214,11 +215,14 @@ def knob(default: Any, help: str, scope: str, lo=0, hi=1e18, choices="", alias="
 class Knobs:
     """The settings of a run. Defaults are the public stack's; PRESET changes some (see PRESETS)."""
 
+    mode: str = knob("train", "what to do; score: ARTIFACT; doctor: look at this machine", "run",
+                     choices="train score doctor")  # fmt: skip
     preset: str = knob("auto", "values of what is left unset; auto: cpu on a CPU, else mac", "run",
                        choices="auto cpu mac h100 baseline")  # fmt: skip
     run_id: str = knob("", "name of the run's folder; empty: date, time and seed", "run")
     out_dir: str = knob("logs", "folder that holds the runs' folders", "run")
-    eval_only: str = knob("", "path of an artifact: score it, train nothing", "run")
+    eval_only: str = knob("", "path of an artifact or its folder: score it, train nothing", "run",
+                          alias="ARTIFACT")  # fmt: skip
     resume: bool = knob(False, "go on from OUT_DIR/RUN_ID/checkpoint", "run")
     checkpoint_seconds: float = knob(60.0, "seconds between checkpoints; 0: none by time", "run")
     checkpoint_every: int = knob(0, "steps between checkpoints; 0: none by steps", "run")
@@ -499,6 +503,7 @@ def check_together(cfg: Knobs) -> list[str]:
             2 * cfg.engram_n_heads * cfg.engram_hash_size * cfg.engram_embed_dim <= 1 << 28,
         "RUN_ID={run_id}: use letters, digits and . _ + = -, the first no sign":
             re.fullmatch(r"(\w[\w.+=-]*)?", cfg.run_id),
+        "MODE=score needs ARTIFACT: which file?": cfg.eval_only or cfg.mode != "score",
         "RESUME=1 needs RUN_ID: which run should go on?": cfg.run_id or not cfg.resume,
         "NGRAM_ALPHA={ngram_alpha}: must be from 0 to 1, or auto":
             re.fullmatch(r"auto|0|1|0?\.\d+|[01]\.0*", cfg.ngram_alpha),
@@ -1439,8 +1444,8 @@ def compiler_fault() -> str:
     """
     if sys.platform == "darwin" or not on_cpu():
         return ""
-    if not shutil.which("g++"):
-        return "no g++"
+    if os.system("g++ --version > /dev/null 2>&1"):  # as MLX asks
+        return "no g++ that works: install it"
     names = ("TMPDIR", "TMP", "TEMP", "TEMPDIR")
     folder = next((os.environ[name] for name in names if os.environ.get(name)), "/tmp")
     with contextlib.suppress(OSError):
@@ -4939,12 +4944,7 @@ def describe_start(
     cfg: Knobs, report: Report, warnings: list[str], workers: Workers, ranks: int, again: bool
 ) -> None:
     """Lines that say what runs where, and the config event unless the run has one: `again`."""
-    if on_cpu() and COMPILER_FAULT:
-        fault = f"MLX's CPU kernels run uncompiled, which is slower: {COMPILER_FAULT}"
-        warnings = [*warnings, fault]
-    if cfg.device == "auto" and on_cpu() and guess_device("auto") == "gpu":
-        warnings = [*warnings, "a GPU's preset, but MLX computes on the CPU: where mlx-cuda is "
-                    "installed, mlx-cpu has overwritten it: take a fresh environment"]  # fmt: skip
+    warnings = [*warnings, *machine_faults(cfg)]
     for warning in warnings:
         report.line(f"warning: {warning}")
     machine = {
@@ -5369,11 +5369,109 @@ def report_score(
     report.line(f"everything is in {report.folder}")
 
 
+DOCTOR_VOCAB = 1024  # pieces of the text that the doctor makes up
+
+
+def forward_sha256(cfg: Knobs) -> str:
+    """SHA-256 of a net's scores of a window: where nets are repeatable, one in all processes."""
+    model = GPT(dataclasses.replace(cfg, use_ortho_init=False), DOCTOR_VOCAB, 1)
+    text = np.random.default_rng(0).integers(2, DOCTOR_VOCAB, eval_shape(cfg)[0])
+    with Workers(1) as workers:
+        rows = first_window(model, text, len(text), workers)
+    return hashlib.sha256(rows.tobytes()).hexdigest()
+
+
+def in_another_process(cfg: Knobs) -> str:
+    """`forward_sha256` as a fresh process has it; '' where that fails."""
+    lines = f"import {SCRIPT.stem} as t; cfg, _ = t.knobs_from_env(dict(t.os.environ)); "
+    lines += "t.use_device(cfg); print(t.forward_sha256(cfg))"
+    command = [sys.executable, "-c", lines]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=HERE)
+    return (done.stdout.split() or [""])[-1]
+
+
+def trial(cfg: Knobs) -> tuple[Trainer, float]:
+    """(a trainer on a text that is made up, tokens per second of its second step)."""
+    size = max(min(cfg.train_batch_tokens, 4096 if on_cpu() else 8192), cfg.train_seq_len)
+    cfg = dataclasses.replace(cfg, train_batch_tokens=size)
+    tokens = np.random.default_rng(0).integers(2, DOCTOR_VOCAB, cfg.train_batch_tokens + 2)
+    header = np.zeros(SHARD_HEADER_INTS, "<i4")
+    header[:3] = SHARD_MAGIC, SHARD_VERSION, len(tokens)
+    with tempfile.TemporaryDirectory() as folder, make_workers(cfg) as workers:
+        path = Path(folder) / "made_up_train_000000.bin"
+        path.write_bytes(header.tobytes() + tokens.astype("<u2").tobytes())
+        data = TrainWindows([path], cfg.train_seq_len, cfg.seed, DOCTOR_VOCAB)
+        trainer = Trainer(GPT(cfg, DOCTOR_VOCAB, 1), cfg, data, workers, Ranks())
+        trainer.take_step()
+        return trainer, trainer.take_step()["tok_s"]
+
+
+def doctor_mode(cfg: Knobs, warnings: list[str]) -> None:
+    """Say what this machine has, what the preset needs, and what is amiss, with its cure."""
+    amiss = [*warnings, *machine_faults(cfg)]
+    say(f"machine: {machine_kind()}, {processor_name()}, {cpu_cores()} cores, "
+        f"{memory_limit() / 1e9:.1f} GB; Python {platform.python_version()}")  # fmt: skip
+    names = ("mlx", "numpy", "numba", "sentencepiece", "brotli", "tqdm")
+    versions = {d.metadata["Name"].lower(): d.version for d in importlib.metadata.distributions()
+                if d.metadata["Name"]}  # fmt: skip
+    say("packages: " + ", ".join(f"{name} {versions.get(name, 'missing')}" for name in names))
+    amiss += [f"{name} is missing: pip install {name}" for name in names if name not in versions]
+    say(f"compiler: {COMPILER_FAULT or 'works'}; BLAS: {BLAS_NAME}")
+    with make_workers(cfg) as workers:
+        say(f"matrix products: {gigaflops(workers):.0f} GFLOP/s in {workers.count} worker(s)")
+    if cfg.mixer != "off" and "numba" in versions:
+        mix_hash(np.uint64(1), 2)
+        cache = getattr(mix_hash.compiled, "stats", None)
+        say(f"numba's cache: {cache.cache_path if cache and cache.cache_path else 'none'}")
+    same = forward_sha256(cfg) == in_another_process(cfg)
+    say(f"the net's scores: {'equal' if same else 'UNLIKE'} in two processes")
+    amiss += [] if same else ["the net's scores differ between two processes: on this machine the "
+                              "audit will fail; try DEVICE=cpu"]  # fmt: skip
+    trainer, speed = trial(cfg)
+    say(f"preset {cfg.preset}: {sum(p.size for p in trainer.params.values()):,} parameters, "
+        f"{speed:,.0f} tokens/s in training")  # fmt: skip
+    for line in preset_needs(cfg, trainer, speed):
+        say(line)
+    for fault in amiss:
+        say(f"amiss: {fault}")
+    if not amiss:
+        say("nothing is amiss")
+
+
+def machine_faults(cfg: Knobs) -> Iterator[str]:
+    """What is amiss with the machine, and its cure, a line each."""
+    if on_cpu() and COMPILER_FAULT:
+        yield f"MLX's CPU kernels run uncompiled, which is slower: {COMPILER_FAULT}"
+    if cfg.device == "auto" and on_cpu() and guess_device("auto") == "gpu":
+        yield ("a GPU's preset, but MLX computes on the CPU: where mlx-cuda is installed, mlx-cpu "
+               "has overwritten it: take a fresh environment")  # fmt: skip
+    if sys.platform == "linux" and on_cpu() and not BLAS:
+        yield "no OpenBLAS: matrix products are 20 to 70 times slower: pip install scipy-openblas32"
+
+
+def preset_needs(cfg: Knobs, trainer: Trainer, speed: float) -> Iterator[str]:
+    """Lines: the preset's bytes in memory and on disk, and its minutes, by estimate."""
+    windows = cfg.train_batch_tokens // cfg.train_seq_len
+    parts = split_windows(0, windows, cfg, trainer.workers.count)
+    largest = [max(rows.stop - rows.start for rows in parts)] * trainer.workers.count
+    use = estimate_memory(trainer.params, cfg, largest, 0, PACKED_TOKENS_MOST)
+    yield f"it needs about {sum(use.values()) / 1e9:.1f} GB of memory"
+    size = estimate_bytes(trainer.params, trainer.groups, cfg)
+    yield f"script and net: about {size:,} of {ARTIFACT_LIMIT_BYTES:,} bytes; the rest is for text"
+    most = cfg.max_wallclock_seconds or math.inf
+    seconds = min(most, (cfg.iterations or math.inf) * cfg.train_batch_tokens / speed)
+    steps = seconds * speed / cfg.train_batch_tokens
+    yield f"training: {seconds / 60:.1f} minutes for about {steps:,.0f} steps"
+
+
 def main(cfg: Knobs, warnings: list[str], env: dict[str, str]) -> None:
     """The program that is asked for; env: where the settings came from."""
     use_device(cfg)
-    if cfg.eval_only:
-        score_mode(Path(cfg.eval_only), env)
+    if cfg.mode == "doctor":
+        doctor_mode(cfg, warnings)
+    elif cfg.eval_only:
+        path = Path(cfg.eval_only)
+        score_mode(path / "artifact.bin" if path.is_dir() else path, env)
     else:
         train_mode(cfg, warnings, env)
 
