@@ -63,7 +63,6 @@ import queue
 import re
 import resource
 import shlex
-import shutil
 import signal
 import socket
 import struct
@@ -885,6 +884,17 @@ def load_tokenizer(path: Path) -> Tokenizer:
     dummy = "".join(model.encode("a", out_type=str)).startswith("\u2581")  # in any script
     digest = file_sha256(path)
     return Tokenizer(np.array(size, np.uint16), leading, control, model.bos_id(), dummy, digest)
+
+
+def piece_texts(path: Path) -> list[str]:
+    """What each piece of a tokenizer adds to a text; '' for control pieces."""
+    import sentencepiece
+
+    model = sentencepiece.SentencePieceProcessor(model_file=str(path))
+    ids = list(range(model.vocab_size()))
+    hidden = np.any([model.is_control(ids), model.is_unknown(ids), model.is_unused(ids)], axis=0)
+    texts = [piece.replace("\u2581", " ") for piece in model.id_to_piece(ids)]
+    return ["" if hidden[i] else text for i, text in enumerate(texts)]
 
 
 def check_vocab(cfg: Knobs, tokenizer: Tokenizer) -> None:
@@ -4456,6 +4466,7 @@ def unpack(mixer: LogisticMixer, packed: PackedText, label: str) -> None:
 # first token alone, decodes it. So the bits that a score claims are enough to get the text back.
 
 Parts = Iterator[tuple[int, np.ndarray]]  # (first target, rows: one per target from there on)
+COSTS_KEPT = 1 << 22  # tokens whose cost a run keeps
 ROWS_MOST = 1 << 24  # numbers in a batch of the net's rows, 64 MB: some of them are at hand at once
 
 
@@ -4650,6 +4661,7 @@ class Scoring:
     text: ValidationText
     workers: Workers
     message: str = ""  # what became of it: written, decoded or not decoded
+    costs: np.ndarray | None = None  # (n, 3) float32 nats of the first targets of the last score
 
     @classmethod
     def load(
@@ -4781,6 +4793,24 @@ class Scoring:
         line = check_message(code, facts["bits"], nats, known, self.text.tokens)
         return known, rows, nats, line
 
+    def kept(self, costs: Parts) -> Parts:
+        """The same costs; the first COSTS_KEPT are noted."""
+        self.costs = np.zeros((min(len(self.text.tokens) - 1, COSTS_KEPT), 3), np.float32)
+        for first, part in costs:
+            self.costs[first : first + len(part)] = part[: max(len(self.costs) - first, 0)]
+            yield first, part
+
+    def write_costs(self, path: Path, tokenizer_path: Path | None) -> None:
+        """Write what each token cost, for those who look at a run: see README."""
+        tokens, facts = self.text.tokens[: len(self.costs) + 1], self.artifact.tokenizer
+        parts = {"tokens": tokens[1:].astype(np.uint16), "nats": self.costs,
+                 "bytes": facts.bytes_of(tokens[:-1], tokens[1:]).astype(np.uint16),
+                 "starts": np.flatnonzero(tokens[1:] == facts.bos)}  # fmt: skip
+        if tokenizer_path:
+            parts["pieces"] = np.array(piece_texts(tokenizer_path))
+        with whole_file(path) as part, open(part, "wb") as file:
+            np.savez(file, **parts)
+
     def score(self, mode: str) -> tuple[Event, str]:
         """One pass in an EVAL_MODE: (its record, a line about its message)."""
         begin = time.perf_counter()
@@ -4791,7 +4821,7 @@ class Scoring:
         show = show_progress(f"eval {mode}{self.text.part}")
         with contextlib.closing(ahead(rows)) as rest:
             costs = itertools.chain([(0, nats)], cost_tokens(rest, known, context_model))
-            result = total_score(costs, self.text, self.artifact.tokenizer, show)
+            result = total_score(self.kept(costs), self.text, self.artifact.tokenizer, show)
         seconds = time.perf_counter() - primed
         return {**result, "mode": mode, "mixer": self.cfg.mixer, "prime_seconds": primed - begin,
                 "eval_time_ms": 1000 * seconds}, line  # fmt: skip
@@ -5354,6 +5384,7 @@ def report_score(
         event, line = scoring.score(mode)
         evals.append(event)
         lines += [line] if line else []
+    scoring.write_costs(report.folder / "costs.npz", tokenizer_path)
     if cfg.audit:
         lines += audit.stated_bytes(evals[-1]["val_bytes"])
     label = audit.label(lines) if cfg.audit else "off"

@@ -16,6 +16,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import sentencepiece
 from conftest import ROOT, t, write_shard
 
 spm = pytest.importorskip("sentencepiece")
@@ -1000,6 +1001,22 @@ def test_ranks_with_other_settings_are_refused(own, dataset, home):
     ranks = start_ranks(home, 2, [{}, own], **env)
     for process in ranks:
         assert "--env" in error_of(end_of(process, home, "unlike"), 2)
+
+
+def test_what_each_token_cost_is_kept(plain, dataset):
+    """It adds up to the score, and stands beside the text itself."""
+    costs, last = np.load(plain.folder / "costs.npz"), final(plain)
+    for column, name in enumerate(("val_bpb_net", "val_bpb_context", "val_bpb")):
+        bits = costs["nats"][:, column].astype(np.float64).sum() / math.log(2)
+        assert bits / costs["bytes"].sum() == pytest.approx(last[name], rel=1e-6)
+    shards = sorted(Path(dataset.path).glob("*_val_*"))
+    tokens = np.concatenate([t.Shard(path)[:] for path in shards])
+    np.testing.assert_array_equal(costs["tokens"], tokens[1:])
+    assert costs["starts"].tolist() == [i for i, v in enumerate(tokens[1:].tolist()) if v == 1]
+    model = sentencepiece.SentencePieceProcessor(model_file=str(dataset.tokenizer))
+    document = tokens[: int(costs["starts"][0]) + 1]
+    text = "".join(costs["pieces"][document].tolist())
+    assert text.lstrip() == model.decode(document.tolist()).lstrip()
 
 
 def test_an_artifact_is_scored_by_rank_0_alone(plain, dataset, home):
