@@ -5133,7 +5133,7 @@ def train_to_artifact(
     if trainer.ranks.rank:
         return {}
     loss = last_record(report.folder, "val").get("val_loss", 0.0)
-    if loss > trainer.blind + 0.1:
+    if trainer.exploded(loss):  # in its last step, as the others looked at the one before
         report.line(f"warning: with val_loss {loss:.4f} the net is worse than one that knows "
                     f"nothing ({trainer.blind:.4f}). {LOWER}")  # fmt: skip
     if packer:
