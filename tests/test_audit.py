@@ -303,7 +303,7 @@ def _(mask, a, b, group):
 
 
 @cheat("attention without a mask", OFF, "causality", "depends on", "causal_attention")
-def _(attend, q, k, v, scale):
+def _(attend, q, k, v, scale, training):
     return mx.fast.scaled_dot_product_attention(q, k, v, scale=scale)
 
 
@@ -333,8 +333,8 @@ def _(windows, *shape):
 
 # Windows scored side by side hear each other: the next one begins a stride later.
 @cheat("a window hears the next one", OFF, "causality", "depends on", "GPT.trunk")
-def _(trunk, model, x):
-    x = trunk(model, x)
+def _(trunk, model, x, training):
+    x = trunk(model, x, training)
     return t.rms_norm(x + 0.1 * mx.roll(x, -1, axis=0))
 
 

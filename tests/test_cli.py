@@ -263,7 +263,7 @@ def test_records(plain, dataset):
 def test_files(plain):
     names = {path.name for path in plain.folder.iterdir()}
     assert names == {"train.log", "metrics.jsonl", "model.safetensors", "artifact.bin",
-                     "message.bin", "checkpoint", SCRIPT.name}  # fmt: skip
+                     "message.bin", "costs.npz", "checkpoint", SCRIPT.name}  # fmt: skip
     assert (plain.folder / SCRIPT.name).read_bytes() == SCRIPT.read_bytes()
     log, source = (plain.folder / "train.log").read_text(), SCRIPT.read_text()
     assert log.startswith(source) and log.endswith(plain.out)
