@@ -9,11 +9,12 @@
 #   "tqdm>=4.66",
 # ]
 # ///
-"""Train a small GPT with MLX, squeeze script + model into 16,000,000 bytes, and score the file.
+"""Train a small GPT with MLX, squeeze it into 16,000,000 bytes, score that file.
 
-    python train_gpt_mlx_kl.py                        the whole chain on text that Python carries
-    DATA_PATH=... TOKENIZER_PATH=... python train_gpt_mlx_kl.py         the public FineWeb layout
-    EVAL_ONLY=logs/RUN/artifact.bin DATA_PATH=... python train_gpt_mlx_kl.py     score a file alone
+    python train_gpt_mlx_kl.py                 all of it, on text that Python has
+    DATA_PATH=.. TOKENIZER_PATH=.. python train_gpt_mlx_kl.py      public layouts
+    MODE=score ARTIFACT=logs/RUN DATA_PATH=.. python train_gpt_mlx_kl.py
+    MODE=doctor python train_gpt_mlx_kl.py               what this machine can do
 
 Everything is set by environment variables; `--help` lists them. The file reads top to bottom in
 the order in which data flows:
@@ -63,12 +64,14 @@ import queue
 import re
 import resource
 import shlex
+import shutil
 import signal
 import socket
 import struct
 import subprocess
 import sys
 import tempfile
+import textwrap
 import threading
 import time
 import zlib
@@ -179,9 +182,18 @@ class Interrupts:
 interrupts = Interrupts()
 
 
+LIVE: list[Any] = []  # the terminal's live line (tqdm), while there is one
+
+
 def say(text: str) -> None:
-    """Print a line. Where nobody can read it any more, the program is asked to end."""
+    """Print a line; a terminal wraps it. Where nobody can read it, the program is asked to end."""
     try:
+        if sys.stdout.isatty():
+            width = shutil.get_terminal_size().columns
+            text = textwrap.fill(text, max(width, 40), subsequent_indent="    ",
+                                 break_long_words=False, break_on_hyphens=False)  # fmt: skip
+        for bar in LIVE:
+            bar.clear()
         print(text, flush=True)
     except OSError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # for the lines that are still to come
@@ -516,9 +528,8 @@ def eval_shape(cfg: Knobs, mode: str = "standard") -> tuple[int, int]:
     return length, length if mode == "standard" else min(cfg.eval_stride, length)
 
 
-def knob_table(title: str, row: str) -> str:
-    """All knobs by scope, in the formats of a scope's title and of a knob's row."""
-
+def knob_table(title: Callable[[str], str], row: Callable[[str, str, str], str]) -> str:
+    """All knobs by scope: title(scope's meaning), then row(name, default, help) for each."""
     presets, rows = {name: preset_values(name) for name in PRESETS}, {s: [] for s in SCOPES}
     for field in dataclasses.fields(Knobs):
         name, meta = field.name, field.metadata
@@ -527,9 +538,33 @@ def knob_table(title: str, row: str) -> str:
         help += f" [alias {meta['alias']}]" if meta["alias"] else ""
         help += f" [needs {meta['needs']}]" if meta["needs"] else ""
         default = "; ".join([as_text(field.default) or "empty", *differ])
-        rows[meta["scope"]].append(row.format(name=name.upper(), default=default, help=help))
-    titles = {scope: title.format(f"{scope.title()}: {what}") for scope, what in SCOPES.items()}
+        rows[meta["scope"]].append(row(name.upper(), default, help))
+    titles = {scope: title(f"{scope.title()}: {what}") for scope, what in SCOPES.items()}
     return "\n".join(line for scope in SCOPES for line in (titles[scope], *rows[scope]))
+
+
+USUAL = """MODE PRESET DATA_PATH MAX_WALLCLOCK_SECONDS ITERATIONS NUM_LAYERS MODEL_DIM
+    PACK_TEXT_BYTES VAL_MAX_TOKENS SEED RUN_ID"""  # the knobs that most people turn
+
+
+def help_text(everything: bool) -> str:
+    """What --help prints, 80 columns wide: the usual knobs, or all."""
+
+    def title(text: str) -> str:
+        return "\n" + textwrap.fill(text, 80) if everything else ""
+
+    def row(name: str, default: str, help: str) -> str:
+        if not everything and name not in USUAL.split():
+            return ""
+        start, rest = f"  {name:<28}", " " * 30
+        return textwrap.fill(f"{help} [{default}]", 80, initial_indent=start,
+                             subsequent_indent=rest, break_on_hyphens=False)  # fmt: skip
+
+    head = (__doc__ or "").partition("Everything is set")[0].rstrip()
+    usage = "usage: [NAME=value ...] python train_gpt_mlx_kl.py [--help [all]]"
+    lines = [line for line in knob_table(title, row).split("\n") if line or everything]
+    end = "" if everything else "\n\n--help all lists every setting; README.md explains them."
+    return f"{head}\n\n{usage}\n\n" + "\n".join(lines) + end
 
 
 @contextlib.contextmanager
@@ -551,9 +586,7 @@ if __name__ == "__main__":  # help and bad settings come before anything heavy i
     for stream in filter(None, (sys.stdout, sys.stderr)):
         stream.reconfigure(errors="backslashreplace")
     if {"-h", "--help"} & set(sys.argv):
-        usage = "usage: [NAME=value ...] python train_gpt_mlx_kl.py"
-        table = knob_table("\n{}", "  {name:<28} {help} [{default}]")
-        print(f"{(__doc__ or '').split(chr(10))[0]}\n\n{usage}\n{table}")
+        print(help_text(everything="all" in sys.argv))
         raise SystemExit(0)
     with errors_as_lines():
         if sys.argv[1:]:
@@ -1231,11 +1264,22 @@ CONFIG_LINES = (
     "heads, MLP {mlp_mult}x, seq {train_seq_len}, {train_batch_tokens} tokens a step",
 )
 FINAL_LINE = (
-    "val_bpb {val_bpb:.4f} (net {val_bpb_net:.4f}, contexts {val_bpb_context:.4f}; audit: {audit}) "
-    "on {val_tokens:,} tokens, {val_bytes:,} bytes{part}; {total_bytes:,} "
-    "bytes of script and artifact{trained}; evaluated in {eval_seconds:.0f} s"
+    "val_bpb {val_bpb:.4f} (net {val_bpb_net:.4f}, contexts {val_bpb_context:.4f}; "
+    "audit: {audit}){part}"
 )
-TRAINED = "; trained on {train_tokens:,} tokens in {train_seconds:.0f} s"
+SUMMARY = """
+  bits per byte      {val_bpb:.4f}  the score: net and context models together
+    net alone        {val_bpb_net:.4f}
+    contexts alone   {val_bpb_context:.4f}
+  text               {val_tokens:,} tokens, {val_bytes:,} bytes{part}
+  size               {total_bytes:,} of {limit_bytes:,} bytes
+    script           {code_bytes:,}
+    net              {net_bytes:,}
+    training text    {packed_bytes:,}
+  training           {train_steps:,} steps, {train_tokens:,} tokens, {train_seconds:.0f} s
+  scoring            {eval_seconds:.0f} s
+  audit              {audit}
+  everything is in   {folder}"""
 
 
 class Report(contextlib.AbstractContextManager):
@@ -1321,9 +1365,7 @@ class Report(contextlib.AbstractContextManager):
         null = {k: None for k, v in numbers.items() if not math.isfinite(v)}  # JSON has no NaN
         self.append("metrics.jsonl", json.dumps({**event, **null}) + "\n")
         for text in lines:
-            trained = TRAINED.format(**event) if event.get("train_tokens") else ""
-            part = part_of_text(event)
-            self.line(text.format(**event, n=self.iterations, part=part, trained=trained))
+            self.line(text.format(**event, n=self.iterations, part=part_of_text(event)))
 
     def append(self, name: str, text: str) -> None:
         """Add to a file, or leave it as it was. Raises RunFailed."""
@@ -1382,19 +1424,43 @@ def last_record(folder: Path | None, *kinds: str) -> Event:
     return found
 
 
-def show_progress(label: str, every_s: float = 10.0) -> Progress:
-    """Shows how far a work on tokens is: a line every few seconds, the first one soon."""
-    begin = time.perf_counter()
-    due = begin + 1
+def show_progress(label: str, every_s: float = 10.0, unit: str = "tokens") -> Progress:
+    """Shows how far a work is: on a terminal in one live line, else by a line now and then.
+
+    The time that is left is told by the pace since the first call, which comes after what is
+    compiled or allocated at the start.
+    """
+    begin: list[float] = []  # when the first part was done, and how much that was
+    due = time.perf_counter() + min(every_s, 5.0)
 
     def show(done: int, total: int, note: str) -> None:
         nonlocal due
         now = time.perf_counter()
-        if now > due:
-            due, left = now + every_s, (now - begin) * (total - done) / done
-            say(f"{label}: {done}/{total} tokens, {note}{left:.0f} s left")
+        if not begin:
+            begin.extend((now, done))
+        elif sys.stdout.isatty():
+            show_live(label, done, total, note)
+        elif now > due and done > begin[1]:
+            due, left = now + every_s, (now - begin[0]) * (total - done) / (done - begin[1])
+            say(f"{label}: {done}/{total} {unit}, {note}{left:.0f} s left")
 
     return show
+
+
+def show_live(label: str, done: int, total: int, note: str) -> None:
+    """Move the terminal's live line, which ends when all is done."""
+    from tqdm import tqdm
+
+    if LIVE and LIVE[0].desc != label:
+        LIVE.pop().close()
+    if not LIVE:
+        form = "{desc} {percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}"
+        LIVE.append(tqdm(total=total, desc=label, leave=False, dynamic_ncols=True, bar_format=form,
+                         initial=done))  # fmt: skip
+    LIVE[0].set_postfix_str(note.rstrip(", "), refresh=False)
+    LIVE[0].update(done - LIVE[0].n)
+    if done >= total:
+        LIVE.pop().close()
 
 
 # ==================================================================================================
@@ -3024,12 +3090,17 @@ def train(
         return bool(every) and trainer.step % every == 0
 
     validated = last_record(report.folder, "val").get("step")
+    smoothed, show = 0.0, show_progress("training", every_s=math.inf)  # files have train lines
     with interrupts.held():
         while not trainer.finished():
             if due(cfg.val_loss_every) and trainer.step not in (0, validated) and report.folder:
                 with interrupts.free():
                     validate(trainer)
-            report_step(trainer, report, trainer.take_step())
+            report_step(trainer, report, event := trainer.take_step())
+            weight = max(0.05, 1 / trainer.step)
+            smoothed += weight * (event["train_loss"] - smoothed) if not event["skipped"] else 0.0
+            if report.folder:
+                watch(trainer, smoothed, show)
             # Each rank has a clock of its own.
             save = due(cfg.checkpoint_every) or keeper.due()
             asked, save = ranks.any(bool(interrupts.asked), save)
@@ -3039,6 +3110,14 @@ def train(
                 raise stop
             if save:
                 keeper.save()
+
+
+def watch(trainer: Trainer, smoothed: float, show: Progress) -> None:
+    """Move the live line of a training."""
+    cfg, memory = trainer.cfg, peak_memory() / 1e9
+    done = progress(trainer.step, trainer.elapsed_s, cfg)
+    speed = trainer.step * trainer.tokens_per_step / max(trainer.elapsed_s, 1e-9)
+    show(int(1000 * done), 1000, f"loss {smoothed:.3f}, {speed:,.0f} tok/s, {memory:.1f} GB")
 
 
 def report_step(trainer: Trainer, report: Report, event: Event) -> None:
@@ -4416,7 +4495,10 @@ class Packer:
 
     def wait(self, keeper: Keeper | None = None) -> None:
         """Wait for the thread, with checkpoints meanwhile; raises what went wrong in it."""
+        show = show_progress("packing", unit="bytes at most")
         while not self.ended.wait(0.5):
+            code = len(self.coder.out)
+            show(code, max(self.budget, code), f"{self.count:,} tokens, ")
             if keeper and keeper.due():
                 keeper.save(together=False)
         if self.error:
@@ -5397,7 +5479,11 @@ def report_score(
     final = {**final, **evals[-1], "event": "final", "audit": label, "eval_seconds": seconds,
              "message": scoring.message}  # fmt: skip
     report.event({**final, "peak_memory_bytes": peak_memory()}, FINAL_LINE)
-    report.line(f"everything is in {report.folder}")
+    rest = final["model_bytes"] - final["packed_bytes"]
+    for line in SUMMARY.format(**{**final, "net_bytes": rest, "folder": report.folder},
+                               part=part_of_text(final)).split("\n"):  # fmt: skip
+        report.line(line)
+    report.line(f"next: python tools/report.py {report.folder}")
 
 
 DOCTOR_VOCAB = 1024  # pieces of the text that the doctor makes up

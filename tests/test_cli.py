@@ -557,7 +557,7 @@ def test_a_finished_run_can_be_made_longer(main, tmp_path):
 
 def test_a_run_without_a_name_can_be_resumed(train):
     first = train("", CHECKPOINT_EVERY=4, **NET)
-    name = re.search(r"everything is in logs/(\S+)", first.out)[1]
+    name = re.search(r"everything is in +logs/(\S+)", first.out)[1]
     resumed = train(name, RESUME=1, ITERATIONS=8, **NET)
     assert final(resumed)["train_steps"] == 8
 
@@ -1001,6 +1001,50 @@ def test_ranks_with_other_settings_are_refused(own, dataset, home):
     ranks = start_ranks(home, 2, [{}, own], **env)
     for process in ranks:
         assert "--env" in error_of(end_of(process, home, "unlike"), 2)
+
+
+def on_a_terminal(cwd, **env):
+    """What a run shows in 80 columns and 30 rows."""
+    code = """import fcntl, os, pty, struct, sys, termios
+pid, fd = pty.fork()
+if pid == 0:
+    os.execve(sys.executable, [sys.executable, sys.argv[1]], os.environ)
+fcntl.ioctl(fd, termios.TIOCSWINSZ, struct.pack("HHHH", 30, 80, 0, 0))
+try:
+    while piece := os.read(fd, 4096):
+        os.write(1, piece)
+except OSError:
+    pass
+sys.exit(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))"""
+    env = CLEAN | {name: str(value) for name, value in env.items()}
+    done = subprocess.run([sys.executable, "-c", code, SCRIPT], cwd=cwd, env=env,
+                          capture_output=True, stdin=subprocess.DEVNULL)  # fmt: skip
+    assert done.returncode == 0, done.stdout.decode()
+    return done.stdout.decode()
+
+
+def test_a_terminal_has_a_live_line_and_no_long_ones(dataset, home):
+    env = {**TINY, "DATA_PATH": dataset.path, "RUN_ID": "watched", "ITERATIONS": 200}
+    out = on_a_terminal(home, **env)
+    live = [part for part in out.replace("\n", "\r").split("\r") if "%|" in part]
+    assert any(re.search(r"training +\d+%.*loss \d\.\d+, [\d,]+ tok", part) for part in live)
+    rest = [part for part in re.sub(r"\x1b\[\w*", "", out).split("\r") if "%|" not in part]
+    assert max(len(line) for part in rest for line in part.split("\n")) <= 80
+    log = (home / "logs" / "watched" / "train.log").read_text()
+    assert "final_int6_zstd_roundtrip_exact val_loss:" in log and "%|" not in log
+    assert max(map(len, log.splitlines())) > 100  # parsers find them in one piece
+
+
+def test_a_first_estimate_waits_for_a_pace(monkeypatch):
+    """What comes before the first part, e.g. compiling, is not taken for its pace."""
+    now, said = [0.0], []
+    monkeypatch.setattr(t.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(t, "say", said.append)
+    show = t.show_progress("eval")
+    for second, done in ((20, 10), (21, 30), (22, 50), (40, 1000)):
+        now[0] = second
+        show(done, 1000, "")
+    assert said == ["eval: 30/1000 tokens, 48 s left", "eval: 1000/1000 tokens, 0 s left"]
 
 
 def test_what_each_token_cost_is_kept(plain, dataset):

@@ -106,14 +106,21 @@ def test_knobs_of_a_scope():
 
 
 def test_help_is_light_and_complete():
-    process, stray, modules = start("--help")
+    process, stray, modules = start("--help", "all")
     assert process.returncode == 0 and not stray
     assert_light(modules)
     headings = re.findall(r"^(\w+): ", process.stdout, re.M)
     assert headings == ["usage", *map(str.title, t.SCOPES)]
+    words = " ".join(process.stdout.split())
     for name, field in FIELDS.items():
         assert re.search(rf"^  {name.upper()}\b", process.stdout, re.M), name
-        assert field.metadata["help"] in process.stdout
+        assert field.metadata["help"] in words
+    usual = start("--help")[0].stdout
+    assert re.findall(r"^  ([A-Z_]+)", usual, re.M) == [
+        name.upper() for name in FIELDS if name.upper() in t.USUAL.split()
+    ]
+    assert max(map(len, (process.stdout + usual).splitlines())) <= 80
+    assert "--help all" in usual
 
 
 def test_all_problems_at_once():
@@ -285,7 +292,10 @@ def test_readme_table_is_up_to_date():
     text = (ROOT / "README.md").read_text()
     match = re.search(r"<!-- knobs -->\n(.*?)<!-- /knobs -->", text, re.S)
     head = "| knob | default; presets that differ | meaning |\n| --- | --- | --- |"
-    table = t.knob_table(f"\n**{{}}**\n\n{head}", "| `{name}` | {default} | {help} |")
+    table = t.knob_table(
+        lambda scope: f"\n**{scope}**\n\n{head}",
+        lambda name, default, help: f"| `{name}` | {default} | {help} |",
+    )
     assert match[1].strip() == table.strip(), "put this into README.md:\n" + table
 
 
