@@ -19,7 +19,7 @@ from urllib.parse import urlsplit
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import train_gpt_mlx_kl as trainer
@@ -625,6 +625,7 @@ class Drops(io.BytesIO):
 
 
 @settings(max_examples=60, deadline=None)
+@example([0.25, 123.5e-10, -1234, 1e30], None, True)  # a piece may end within a number
 @given(st.lists(json_values, max_size=5), st.sampled_from([None, 0, 2]), st.booleans())
 def test_json_arrays_are_read_in_pieces(values, indent, ascii_only):
     raw = json.dumps(values, indent=indent, ensure_ascii=ascii_only).encode(errors="replace")
@@ -1082,6 +1083,12 @@ def test_fineweb_variants(hub, tmp_path):
     assert "tokenizers/" + Path(stated["path"]).name in placed(tmp_path / "stated")
     fetch(hub, tmp_path / "named", "--tokenizer", Path(MODEL).name)
     assert placed(tmp_path / "named") == COMPLETE
+    (tmp_path / "named" / COMPLETE[-1]).write_bytes(caps)  # of other shards, perhaps
+    err = fetch(hub, tmp_path / "named", "--tokenizer", Path(MODEL).name, status=2)
+    assert f"{COMPLETE[-1]} is not some/repo's: remove it" in err
+    add_dataset(hub.files, "sp351", 350)
+    argv = ["--variant", "sp351", "--tokenizer", Path(MODEL).name]
+    assert "has 350 pieces" in fetch(hub, tmp_path / "size", *argv, status=2)
     hub.files["datasets/manifest.json"] = b"{"
     del hub.files[MODEL]
     err = fetch(hub, tmp_path / "none", status=2)
