@@ -976,11 +976,15 @@ class Hub:
         try:
             yield
         except Exception as error:  # network trouble has many types without a common base
-            if isinstance(error, self.errors.HfHubHTTPError | self.errors.HFValidationError):
+            status = getattr(getattr(error, "response", None), "status_code", 0)
+            busy = status == 429 or status >= 500
+            refusals = self.errors.HfHubHTTPError | self.errors.HFValidationError
+            if isinstance(error, refusals) and not busy:
                 raise PrepareError(self.refusal(error, path)) from None
-            if isinstance(error, OSError) and not isinstance(error, ConnectionError | TimeoutError):
+            network = busy or isinstance(error, ConnectionError | TimeoutError)
+            if isinstance(error, OSError) and not network:
                 raise  # of this machine's disk
-            words = " ".join(str(error).split())[:150]
+            words = f"it answers {status}" if busy else " ".join(str(error).split())[:150]
             raise Unreachable(words or type(error).__name__) from error
 
     def refusal(self, error: Exception, path: str) -> str:
@@ -991,8 +995,7 @@ class Hub:
             return f"{path} is missing in {self.repo}"
         if isinstance(error, self.errors.RepositoryNotFoundError | self.errors.HFValidationError):
             return f"--repo {self.repo}: no such dataset, or a private one (`hf auth login`)"
-        status = getattr(error.response, "status_code", "an error")
-        return f"the hub answers {status} for {path} of {self.repo}: try again later"
+        return f"the hub answers {error.response.status_code} for {path} of {self.repo}"
 
     def download(self, file, folder: Path) -> Path:
         """A RepoFile's content in `folder`, whole and verified by its hash.
@@ -1001,10 +1004,9 @@ class Hub:
         """
         digest = file.lfs.sha256 if file.lfs else file.blob_id
         path = folder / f"{PurePosixPath(file.path).name}.{digest[:16]}"
-        left, have, quiet = RETRIES, size_of(path), not sys.stderr.isatty()
-        name, bar = PurePosixPath(file.path).name, need("tqdm").tqdm
-        with bar(total=file.size, initial=have, unit="B", unit_scale=True, disable=quiet) as bar:
-            bar.set_description(name)
+        name, left, have = PurePosixPath(file.path).name, RETRIES, size_of(path)
+        shown = {"unit": "B", "unit_scale": True, "disable": not sys.stderr.isatty()}
+        with need("tqdm").tqdm(desc=name, total=file.size, initial=have, **shown) as bar:
             while have < file.size:
                 try:
                     self.append(file.path, path, have, bar)
@@ -1100,17 +1102,18 @@ def find_variant(hub: Hub, name: str, tokenizer: str, folder: Path) -> Variant:
         fits = [stated] if stated in listed else sorted(alike, key=lambda p: p.endswith(".json"))
     if not fits:
         has = ", ".join(PurePosixPath(path).name for path in listed) or "no tokenizers"
-        raise PrepareError(f"which tokenizer is {name}'s? {hub.repo} has {has}: --tokenizer NAME")
+        raise PrepareError(f"which tokenizer is {name}'s? {hub.repo} has {has}: --tokenizer FILE")
     return Variant(shards, files[fits[0]])
 
 
 def stated_tokenizer(hub: Hub, file, name: str, folder: Path) -> str:
     """The path of a dataset's tokenizer by the repository's manifest.json; "" if it has no say."""
+    raw = hub.download(file, folder).read_bytes() if file else b"{}"
     with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError):
-        manifest = json.loads(hub.download(file, folder).read_bytes())
+        manifest = json.loads(raw)
         names = {entry["name"]: entry["tokenizer_name"] for entry in manifest["datasets"]}
-        tokenizer = names.get(f"fineweb10B_{name}") or names[name]
-        entry = next(item for item in manifest["tokenizers"] if item["name"] == tokenizer)
+        tokenizers = {entry["name"]: entry for entry in manifest["tokenizers"]}
+        entry = tokenizers[names.get(f"fineweb10B_{name}") or names[name]]
         return entry.get("model_path") or entry.get("path") or ""
     return ""
 
@@ -1136,19 +1139,19 @@ def tokenizer_model(raw: bytes, remote: str) -> bytes:
 def byte_model() -> bytes:
     """A SentencePiece model without merges: a protocol buffer, its numbers from the schema."""
 
+    def varint(n: int) -> bytes:
+        return bytes([n]) if n < 128 else bytes([n & 127 | 128]) + varint(n >> 7)
+
     def field(number: int, value: int | bytes) -> bytes:
-        size = value if isinstance(value, int) else len(value)
-        head, body = [number << 3 | 2 * isinstance(value, bytes), size], b""
-        for n in head:
-            while n > 127:
-                body, n = body + bytes([n & 127 | 128]), n >> 7
-            body += bytes([n])
-        return body if isinstance(value, int) else body + value
+        if isinstance(value, int):
+            return varint(number << 3) + varint(value)
+        return varint(number << 3 | 2) + varint(len(value)) + value
 
     control, unknown, byte, bpe = 3, 2, 6, 2
     pieces = [("<pad>", control), ("<s>", control), ("</s>", control), ("<unk>", unknown)]
     pieces += [(f"<0x{value:02X}>", byte) for value in range(256)]
     model = b"".join(field(1, field(1, piece.encode()) + field(3, kind)) for piece, kind in pieces)
+    # model_type, vocab_size, byte_fallback; then the ids of unknown, BOS, EOS and padding.
     trainer = {3: bpe, 4: len(pieces), 35: True, 40: 3, 41: 1, 42: 2, 43: 0}
     model += field(2, b"".join(field(*item) for item in trainer.items()))
     # No dummy prefix, no whitespace removed, none replaced by U+2581.
@@ -1174,19 +1177,19 @@ class Fineweb:
             if (source := manifest["source"]) != f"fineweb: {self.repo}":
                 raise PrepareError(f"{self.folder} has {source!r}: choose another --out")
             model = (self.tokenizers / manifest["tokenizer"]).read_bytes()
-            counts = {"val": manifest["val"]["shards"], "train": self.train_shards}
-            names = [
-                f"fineweb_{s}_{i:06d}.bin" for s, count in counts.items() for i in range(count)
-            ]
-            if not all((self.folder / name).is_file() for name in names):
+            shards = self.local_shards("val") + self.local_shards("train")[: self.train_shards]
+            if len(shards) < manifest["val"]["shards"] + self.train_shards:
                 return False
             with contextlib.suppress(PrepareError):
-                for name in names:
-                    check_shard(self.folder / name, manifest["vocab_size"], manifest["bos_id"])
+                for path in shards:
+                    check_shard(path, manifest["vocab_size"], manifest["bos_id"])
                 return hashlib.sha256(model).hexdigest() == manifest["tokenizer_sha256"]
             return False
         except (OSError, ValueError, KeyError, TypeError):
             return False
+
+    def local_shards(self, split: str) -> list[Path]:
+        return sorted(self.folder.glob(f"fineweb_{split}_[0-9]*.bin"))
 
     def place_tokenizer(self, remote: str, raw: bytes):
         """Put a published tokenizer in its place -> SentencePieceProcessor."""
@@ -1206,12 +1209,17 @@ class Fineweb:
         return self.tokenizers / f"{PurePosixPath(remote).stem}.model"
 
     def from_hub(self, hub: Hub, scratch: Path):
-        """Download what is not there yet -> (tokenizer's file name, {split: verified shards})."""
+        """Download what is not there yet.
+
+        -> (tokenizer's path, SentencePieceProcessor, {split: (tokens, documents) of each shard}).
+        """
         variant = find_variant(hub, self.variant, self.tokenizer_name, scratch)
         train, val = variant.shards["train"], variant.shards["val"]
         if self.train_shards > len(train):
             has = f"{self.repo} has {len(train)}"
             raise PrepareError(f"--train-shards {self.train_shards}: {has}")
+        if not val:
+            raise PrepareError(f"{self.repo} has no validation shards of {self.folder.name}")
         wanted = {"val": val, "train": dict(list(train.items())[: self.train_shards])}
         self.check_space(scratch, [*val.values(), *wanted["train"].values()])
         raw = hub.download(variant.tokenizer, scratch).read_bytes()
@@ -1251,10 +1259,11 @@ class Fineweb:
 
     def from_disk(self, trouble: Unreachable):
         """As from_hub, of files that the user has put in place."""
-        shards = {s: sorted(self.folder.glob(f"fineweb_{s}_*.bin")) for s in ("val", "train")}
-        shards["train"] = shards["train"][: self.train_shards]
-        words = name_words(self.variant)
-        models = [path for path in self.tokenizers.glob("*.*") if name_words(path.stem) == words]
+        shards = {"val": self.local_shards("val")}
+        shards["train"] = self.local_shards("train")[: self.train_shards]
+        words, kinds = name_words(self.variant), (".model", ".json")
+        models = [path for kind in kinds for path in sorted(self.tokenizers.glob(f"*{kind}"))]
+        models = [path for path in models if name_words(path.stem) == words]
         if not models or not shards["val"] or len(shards["train"]) < self.train_shards:
             what = f"fineweb_val_*.bin and the first {self.train_shards} fineweb_train_*.bin"
             where = f"of datasets/datasets/{self.folder.name} into {self.folder}"
@@ -1262,7 +1271,7 @@ class Fineweb:
             todo = f"elsewhere, fetch {what} {where}, and {model}; then run this again"
             raise PrepareError(f"no answer for the dataset {self.repo} ({trouble}); {todo}")
         say(f"no answer from the hub ({trouble}): using the files that are there")
-        path = sorted(models, key=lambda path: path.suffix != ".model")[0]
+        path = models[0]
         sp = self.place_tokenizer(path.name, path.read_bytes())
         facts = sp.vocab_size(), sp.bos_id()
         counts = {s: [check_shard(path, *facts) for path in paths] for s, paths in shards.items()}

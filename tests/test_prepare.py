@@ -608,6 +608,9 @@ def test_a_compressed_text_is_one_document(tmp_path):
         spool = prepare.Spool(io.BytesIO(), "text", bad)
         ((start, length),) = spool.add([tmp_path / name])
         assert spool.read(start, length).decode() == text  # without the mark
+        (tmp_path / "bad.txt").write_bytes(b"x" * 100 + b"\xff")
+        assert spool.add([tmp_path / "bad.txt"]) == []
+        assert spool.file.seek(0, io.SEEK_END) == length  # nothing of it takes room
 
 
 json_values = st.recursive(
@@ -795,6 +798,7 @@ class FakeHub(ThreadingHTTPServer):
 
     Shards are redirected to another host, `localhost`, as the hub does with large files.
 
+    busy: {path: requests to refuse}
     cut: {path: [bytes after which the connection is closed, one for each request]}
     paused: paths whose sending stops after 30,000 bytes, until `release` is set
     """
@@ -802,7 +806,8 @@ class FakeHub(ThreadingHTTPServer):
     def __init__(self):
         super().__init__(("127.0.0.1", 0), FakeHubHandler)
         self.files, self.log, self.cut, self.tokens = {}, [], {}, set()
-        self.sizes, self.damage, self.gated, self.knows_ranges = {}, {}, False, True
+        self.busy, self.sizes = {}, {}
+        self.damage, self.gated, self.knows_ranges = {}, False, True
         self.paused, self.stalled, self.release = set(), threading.Event(), threading.Event()
 
     def downloaded(self) -> list[str]:
@@ -841,6 +846,9 @@ class FakeHubHandler(BaseHTTPRequestHandler):
         elif hub.files[path] is None:
             hub.log.append((self.command, path, self.headers.get("Range")))
             self.answer(404, X_Error_Code="EntryNotFound")
+        elif hub.busy.get(path, 0):
+            hub.busy[path] -= 1
+            self.answer(503)
         elif path.endswith(".bin") and not url.path.startswith("/cdn/"):
             self.answer(302, Location=f"http://localhost:{hub.server_port}/cdn/{path}?sig=1")
         else:
@@ -956,15 +964,17 @@ def test_fineweb_downloads_verifies_and_goes_on(hub, tmp_path):
     printed = fetch(hub, out, "--train-shards", 1)
     assert "there already" in printed and not hub.log
     (folder / names[1]).write_bytes((folder / names[1]).read_bytes()[:-100])
+    fetch(hub, out, "--train-shards", 2)
+    assert hub.downloaded() == ["fineweb_350_bpe.model", names[1]]
     fetch(hub, out, "--train-shards", 3)
-    assert sorted(hub.downloaded()) == ["fineweb_350_bpe.model", names[1], names[1][:-5] + "2.bin"]
+    assert hub.downloaded() == ["fineweb_350_bpe.model", "fineweb_train_000002.bin"]
     assert len(read_split(folder, "train")) == 60_000
     manifest = json.loads((folder / "manifest.json").read_text())
     assert manifest["train"] == {"documents": 60, "tokens": 60_000, "shards": 3}
 
 
 def test_fineweb_goes_on_after_cuts(hub, tmp_path):
-    hub.cut[TRAIN_0] = [10_000, 30_000]
+    hub.cut[TRAIN_0], hub.busy[TRAIN_0] = [10_000, 30_000], 1
     fetch(hub, tmp_path / "out")
     assert hub.ranges(TRAIN_0) == [None, "bytes=10000-", "bytes=30000-"]
     assert placed(tmp_path / "out") == COMPLETE
@@ -1030,6 +1040,12 @@ def test_fineweb_mistakes(hub, tmp_path):
     err = fetch(hub, tmp_path / "a", status=2)
     assert "needs 10,000,000.0 GB" in err and "--train-shards" in err
     assert not [name for name in hub.downloaded() if name.endswith(".bin")]
+    hub.sizes.clear()
+    digest = hashlib.sha256(hub.files[TRAIN_0]).hexdigest()
+    folder = tmp_path / "b/datasets/.fineweb10B_sp350.partial"
+    (folder / f"fineweb_train_000000.bin.{digest[:16]}").mkdir(parents=True)
+    err = fetch(hub, tmp_path / "b", status=2)
+    assert str(folder) in err and "no answer" not in err  # trouble with the disk, not the network
     hub.sizes[TRAIN_0] = 41_024
     hub.files[TRAIN_0] = None
     err = fetch(hub, tmp_path / "c", status=2)
@@ -1051,7 +1067,10 @@ def test_fineweb_without_the_hub(hub, tmp_path):
     for path, raw in hub.files.items():  # as the user is told
         if path.startswith((SP350, MODEL)):
             (out / path.removeprefix("datasets/")).write_bytes(raw)
+    (folder / "fineweb_val_bytes_000000.bin").write_bytes(b"sidecar")
+    (tokenizers / "fineweb_350_bpe.vocab").write_bytes(b"pieces")
     fetch(hub, out, "--train-shards", 2, HF_HUB_OFFLINE="1")
+    (folder / "fineweb_val_bytes_000000.bin").unlink()
     manifest = json.loads((folder / "manifest.json").read_text())
     assert manifest["train"]["shards"] == 2
     assert manifest["tokenizer"] == "fineweb_350_bpe.model"
@@ -1089,10 +1108,13 @@ def test_fineweb_variants(hub, tmp_path):
     add_dataset(hub.files, "sp351", 350)
     argv = ["--variant", "sp351", "--tokenizer", Path(MODEL).name]
     assert "has 350 pieces" in fetch(hub, tmp_path / "size", *argv, status=2)
+    del hub.files["datasets/datasets/fineweb10B_sp351/fineweb_val_000000.bin"]
+    err = fetch(hub, tmp_path / "size", *argv, status=2)
+    assert "no validation shards of fineweb10B_sp351" in err
     hub.files["datasets/manifest.json"] = b"{"
     del hub.files[MODEL]
     err = fetch(hub, tmp_path / "none", status=2)
-    assert "fineweb_350_bpe_lossless_caps_v1_reserved.model: --tokenizer NAME" in err
+    assert "fineweb_350_bpe_lossless_caps_v1_reserved.model: --tokenizer FILE" in err
     err = fetch(hub, out, "--repo", "some/other", "--variant", LONG, status=2)
     assert "some/repo" in err and "choose another --out" in err
 
