@@ -600,7 +600,8 @@ def test_a_file_is_read_as_what_it_is(tmp_path, name):
         assert sorted(train + val) == sorted(TEXTS)
 
 
-def test_a_compressed_text_is_one_document(tmp_path):
+def test_a_compressed_text_is_one_document(tmp_path, monkeypatch):
+    monkeypatch.setattr(prepare, "BLOCK_BYTES", 60)
     text = words(1, 400) + "\r\n"
     for name, raw in (("a.txt.gz", gzip.compress), ("b.md.zst", zstd)):
         (tmp_path / name).write_bytes(raw(b"\xef\xbb\xbf" + text.encode()))
