@@ -11,10 +11,10 @@
 # ///
 """Train a small GPT with MLX, squeeze it into 16,000,000 bytes, score that file.
 
-    python train_gpt_mlx_kl.py                 all of it, on text that Python has
-    DATA_PATH=.. TOKENIZER_PATH=.. python train_gpt_mlx_kl.py      public layouts
+    python train_gpt_mlx_kl.py                all of it, on text that Python has
+    DATA_PATH=.. TOKENIZER_PATH=.. python train_gpt_mlx_kl.py     public layouts
     MODE=score ARTIFACT=logs/RUN DATA_PATH=.. python train_gpt_mlx_kl.py
-    MODE=doctor python train_gpt_mlx_kl.py               what this machine can do
+    MODE=doctor python train_gpt_mlx_kl.py              what this machine can do
 
 Everything is set by environment variables; `--help` lists them. The file reads top to bottom in
 the order in which data flows:
