@@ -1,0 +1,520 @@
+#!/usr/bin/env python3
+"""A table of runs on the terminal, and logs/report.html: one page with their pictures.
+
+    python tools/report.py                      every run under logs/
+    python tools/report.py logs/A logs/B        these runs, or all below these folders
+
+It reads what a run leaves in its folder: metrics.jsonl; costs.npz (what each token cost) and
+model.safetensors (how large the net's parts are) where they exist. It needs numpy and matplotlib.
+"""
+
+import argparse
+import html
+import io
+import json
+import math
+import re
+import shutil
+import struct
+import sys
+import textwrap
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+# ---- RUNS: what is recorded of each, as it is on disk, whole or not
+
+FACTS = (  # of a config record, what is no knob or differs in every run
+    "event run_id out_dir resume machine mlx_version dtype_used blas_used workers_used ranks gflops"
+)
+SAME = {  # what runs must share if their scores are to be compared
+    "val_sha256": "were scored on different texts: their BPB cannot be compared",
+    "mode": "were scored in different modes, and BPB differs for that reason",
+    "train_steps": "took different numbers of steps, and BPB differs for that reason",
+    "packed_tokens": "packed different amounts of text, and val_bpb and val_bpb_context differ "
+    "for that reason; val_bpb_net does not",
+}
+COLUMNS = {  # of the table, name: (what records call it, how it is written, what it is)
+    "net": ("val_bpb_net", ".4f", "bits per byte of the net alone; unfinished: last validation"),
+    "contexts": ("val_bpb_context", ".4f", "bits per byte of the context models alone"),
+    "mixed": ("val_bpb", ".4f", "bits per byte of net and context models together: the score"),
+    "bytes": ("total_bytes", ",.0f", "script and artifact"),
+    "tokens": ("train_tokens", ",.0f", "training tokens seen"),
+    "seconds": ("train_seconds", ",.0f", "training and packing"),
+}
+
+
+@dataclass(frozen=True, eq=False)
+class Run:
+    """A run's folder and the records in it (lines of metrics.jsonl), oldest first."""
+
+    folder: Path
+    name: str
+    records: list[dict]
+    damaged: int  # lines that are no record
+
+    def last(self, *kinds: str) -> dict:
+        """The newest record of these kinds; {} if there is none."""
+        return next((r for r in reversed(self.records) if r["event"] in kinds), {})
+
+    @property
+    def final(self) -> dict:
+        """The final record; {} while the run, or what makes it longer, is unfinished."""
+        end = self.last("config", "train", "export", "final")
+        return end if end.get("event") == "final" else {}
+
+    def curve(self, kind: str, name: str) -> np.ndarray:
+        """Steps and a value that records of this kind have, (2, n); the newest if one is twice."""
+        points = [(r.get("step"), r.get(name)) for r in self.records if r["event"] == kind]
+        known = dict(point for point in points if all(map(is_number, point)))
+        return np.array(sorted(known.items())).reshape(-1, 2).T
+
+    def status(self) -> str:
+        """The audit's word, or how far an unfinished run has got."""
+        if self.final:
+            return str(self.final.get("audit", "?"))
+        steps = [r["step"] for r in self.records if is_number(r.get("step"))]
+        return f"unfinished, step {steps[-1]}" if steps else "unfinished, no step"
+
+    def settings(self) -> dict[str, str]:
+        """Knobs by name, as an environment would have them."""
+        known = {k.upper(): v for k, v in self.last("config").items() if k not in FACTS.split()}
+        return {k: f"{v:g}" if isinstance(v, bool | float) else str(v) for k, v in known.items()}
+
+    def row(self) -> dict[str, str]:
+        """What the table says of it, by column."""
+        unscored = {"val_bpb_net": self.last("val").get("val_bpb")}
+        facts = {**self.last("export"), **(self.final or unscored)}
+        values = {name: (facts.get(key), how) for name, (key, how, _) in COLUMNS.items()}
+        text = {name: format(v, how) if is_number(v) else "-" for name, (v, how) in values.items()}
+        return {**text, "audit": self.status(), "run": self.name}
+
+
+def is_number(value: object) -> bool:
+    """Whether it is a finite number."""
+    return isinstance(value, int | float) and math.isfinite(value)
+
+
+def read_run(folder: Path, name: str = "") -> Run:
+    """Read a run, whatever state it is in."""
+    path, records, damaged = folder / "metrics.jsonl", [], 0
+    for line in path.read_text(errors="replace").splitlines() if path.is_file() else []:
+        try:
+            record = json.loads(line)
+            record["event"] + ""
+            records.append(record)
+        except (ValueError, TypeError, KeyError):
+            damaged += 1
+    return Run(folder, name or folder.name, records, damaged)
+
+
+def find_runs(paths: list[Path]) -> list[Run]:
+    """The runs in or below these folders, the best first; a folder without any is an empty run."""
+    runs = {}
+    for path in filter(Path.is_dir, paths):
+        for folder in sorted(p.parent for p in path.rglob("metrics.jsonl")) or [path]:
+            name = "" if folder == path else str(folder.relative_to(path))
+            runs.setdefault(folder.resolve(), read_run(folder, name))
+    scores = {run: run.final.get("val_bpb") for run in runs.values() if run.status() != "fail"}
+    ranks = {run: score for run, score in scores.items() if is_number(score)}
+    return sorted(runs.values(), key=lambda run: ranks.get(run, math.inf))
+
+
+def differing(runs: list[Run]) -> list[str]:
+    """The knobs in which the runs that have a config record differ."""
+    known = [run.settings() for run in runs if run.last("config")]
+    names = dict.fromkeys(name for settings in known for name in settings)
+    return [n for n in names if len({settings.get(n, "?") for settings in known}) > 1]
+
+
+def notes(runs: list[Run], ignore: str = "") -> list[str]:
+    """Sentences on what keeps the finished runs' scores from being comparable."""
+    finals = [run.final for run in runs if run.final]
+    unlike = [n for n in SAME if n != ignore and len({str(f.get(n)) for f in finals}) > 1]
+    parts = sum(final.get("val_whole") is False for final in finals)
+    text = [f"{parts} of {len(finals)} scored only a part of the validation text."] * bool(parts)
+    text += [f"{run.name}: {run.damaged} damaged line(s) left out." for run in runs if run.damaged]
+    return [f"These runs {SAME[name]}." for name in unlike] + text
+
+
+def aligned(rows: list[list[str]]) -> list[str]:
+    """Rows of a table as lines: all columns but the last to the right."""
+    widths = [max(map(len, column)) for column in list(zip(*rows, strict=True))[:-1]]
+    form = "".join(f"{{:>{width}}}  " for width in widths) + "{}"
+    return [form.format(*row) for row in rows]
+
+
+def terminal_table(runs: list[Run], width: int) -> str:
+    """A line for each run: figures, then the knobs in which the runs differ, wrapped."""
+    knobs = differing(runs)
+    rows = [[*COLUMNS, "audit", "run" + "  settings that differ" * bool(knobs)]]
+    for run in runs:
+        (*figures, name), settings = run.row().values(), run.settings()
+        rows.append([*figures, "  ".join([name, *(f"{k}={settings.get(k, '?')}" for k in knobs)])])
+    wrapper = textwrap.TextWrapper(max(width, 40), subsequent_indent=4 * " ")
+    wrapper.break_long_words = wrapper.break_on_hyphens = False
+    return "\n".join(map(wrapper.fill, aligned(rows)))
+
+
+# ---- COSTS: what each token of the validation text cost (costs.npz)
+
+PASSAGE_TOKENS, PASSAGES = 80, 6  # length of a passage; how many of each kind are shown
+DOCUMENTS_SHOWN = 1500
+WAYS = ("net", "contexts", "mixed")  # the columns of `nats`
+
+
+class Costs:
+    """What each of N scored tokens cost: bits (N, 3) by WAYS, UTF-8 bytes (N,), text, documents."""
+
+    def __init__(self, path: Path) -> None:
+        """Raises one error or another if the file is damaged or its arrays do not fit together."""
+        with np.load(path) as file:
+            self.tokens, self.sizes, nats = file["tokens"], file["bytes"], file["nats"]
+            starts, self.pieces = file["starts"], file["pieces"]
+        n = len(self.tokens)
+        fits = nats.shape == (n, 3) and self.sizes.shape == (n,) and self.sizes.any()
+        if not fits or self.tokens.max() >= len(self.pieces) or (starts % n != starts).any():
+            raise ValueError("its arrays do not fit together")
+        self.bits = nats / np.float32(math.log(2))
+        self.starts = np.unique(np.append(starts, 0))  # what comes before the first is one too
+        self.total = self.bits.sum(axis=0, dtype=float) / self.sizes.sum(dtype=np.int64)  # BPB
+
+    def by_document(self) -> tuple[np.ndarray, np.ndarray]:
+        """UTF-8 bytes (D,) and bits per byte (D, 3) of the documents that have any text."""
+        sizes = np.add.reduceat(self.sizes, self.starts, dtype=np.int64)
+        bits = np.add.reduceat(self.bits, self.starts, axis=0, dtype=float)
+        return sizes[sizes > 0], bits[sizes > 0] / sizes[sizes > 0, None]
+
+    def by_position(self, least_bytes: int = 500) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens since the document's start, in half octaves (P,), and bits per byte (P, 3)."""
+        lengths = np.diff(np.append(self.starts, len(self.tokens)))
+        position = np.arange(len(self.tokens)) - np.repeat(self.starts, lengths)
+        octave = (2 * np.log2(position + 1)).astype(np.int64)
+        sizes = np.bincount(octave, self.sizes)
+        bits = np.stack([np.bincount(octave, column) for column in self.bits.T], axis=1)
+        enough = sizes >= min(least_bytes, sizes.max())
+        return 2 ** ((np.flatnonzero(enough) + 0.5) / 2), bits[enough] / sizes[enough, None]
+
+    def passages(self) -> tuple[list[int], list[int]]:
+        """First tokens of the passages with the most and the fewest bits per byte, none twice."""
+        length = min(PASSAGE_TOKENS, len(self.tokens))
+        first = np.arange(0, len(self.tokens) - length + 1, max(length // 4, 1))
+        bits = np.append(0, np.cumsum(self.bits[:, 2], dtype=float))
+        sizes = np.append(0, np.cumsum(self.sizes, dtype=np.int64))
+        first = first[sizes[first + length] > sizes[first]]
+        last = first + length
+        order = first[np.argsort((bits[last] - bits[first]) / (sizes[last] - sizes[first]))]
+        chosen: tuple[list[int], list[int]] = [], []
+        for kind, candidates in zip(chosen, (order[::-1], order), strict=True):
+            for at in map(int, candidates):
+                if len(kind) < PASSAGES and all(abs(at - other) >= length for other in kind):
+                    kind.append(at)
+        return chosen
+
+
+def read_costs(run: Run) -> tuple[Costs | None, str]:
+    """A run's costs, or None; and a sentence where they are not as they should be."""
+    try:
+        costs = Costs(run.folder / "costs.npz")
+    except FileNotFoundError:
+        return None, "No costs.npz: nothing is recorded of single tokens."
+    except Exception as error:  # whatever NumPy makes of a damaged file
+        return None, f"costs.npz is damaged: {error}."
+    total, score = costs.total[2], run.final.get("val_bpb")
+    same = not is_number(score) or math.isclose(total, score, rel_tol=1e-3)
+    return costs, "" if same else f"costs.npz adds up to {total:.4f} BPB, the score is {score:.4f}."
+
+
+# ---- PICTURES: SVG whose colours are the page's, so that one picture suits light and dark
+
+INK, GRID, MUTED = "#010101", "#010102", "#010103"  # each stands for a colour of the page
+SERIES = [f"#01020{i}" for i in range(8)]
+PAGE_COLOUR = {INK: "currentColor", GRID: "var(--grid)", MUTED: "var(--muted)"}
+PAGE_COLOUR |= {colour: f"var(--s{i})" for i, colour in enumerate(SERIES)}
+STYLE = {
+    "svg.fonttype": "none", "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,
+    "grid.color": GRID, "axes.axisbelow": True, "legend.frameon": False, "text.color": INK,
+    "axes.edgecolor": MUTED, "axes.labelcolor": INK, "xtick.color": MUTED, "ytick.color": MUTED,
+    "xtick.labelcolor": INK, "ytick.labelcolor": INK, "axes.prop_cycle": f"cycler(color={SERIES})",
+}  # fmt: skip
+
+
+def draw(plot: Callable[[Any], Any], caption: str, **axis: Any) -> str:
+    """An HTML figure of what `plot` draws into axes; lines with the gid "runN" have it as class.
+
+    axis: settings of the axes; without a label for y the picture is one of bars.
+    """
+    import matplotlib  # here, as the tables need none
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import EngFormatter
+
+    with matplotlib.rc_context(STYLE), io.StringIO() as text:
+        figure = Figure(figsize=(4.6, 3.1), layout="constrained")
+        axes = figure.subplots()
+        plot(axes)
+        axes.set(**axis)
+        axes.xaxis.set_major_formatter(EngFormatter(sep=""))  # 400k, 2M
+        if "ylabel" not in axis:
+            axes.invert_yaxis()
+            axes.grid(axis="y", visible=False)
+        figure.savefig(text, format="svg", transparent=True)
+        svg = re.sub(r"^.*?(?=<svg)|<metadata>.*?</metadata>", "", text.getvalue(), flags=re.S)
+    svg = re.sub(r'<g id="(?!run\d)[^"]*"', "<g", svg)  # the same in every picture
+    svg = re.sub(r'<g id="(run\d+)"', r'<g class="\1"', svg)
+    svg = re.sub(r"#010[12]0\d", lambda colour: PAGE_COLOUR[colour[0]], svg)
+    return f"<figure>{svg}<figcaption>{html.escape(caption)}</figcaption></figure>"
+
+
+def colour_of(i: int) -> str:
+    """The colour of run i: the best few have their own."""
+    return SERIES[i] if i < len(SERIES) else MUTED
+
+
+def curves(runs: list[Run], name: str, by_tokens: bool) -> str:
+    """What train records call `name` against tokens or seconds; with the loss, val_loss."""
+    thin, dots = {"alpha": 0.5, "linewidth": 1.2}, {"marker": "o", "markersize": 3.5}
+    kinds = [("train", name, thin)] + [("val", "val_loss", dots)] * (name == "train_loss")
+
+    def plot(axes: Any) -> None:
+        highest = [-math.inf]
+        for i, run in reversed(list(enumerate(runs))):
+            clock = run.curve("train", "train_time_ms")
+            for kind, what, look in kinds:
+                step, y = run.curve(kind, what)
+                x = step * run.last("config").get("train_batch_tokens", 0)
+                if not by_tokens and len(step):
+                    x = np.interp(step, *clock) / 1000 if clock.size else step * math.nan
+                axes.plot(x, y, color=colour_of(i), gid=f"run{i}", **look)
+                highest += list(y[step >= max(step, default=0) / 10])
+        if max(highest) > -math.inf:
+            axes.set_ylim(top=1.01 * max(highest))
+
+    xlabel = "training tokens" if by_tokens else "seconds of training"
+    if name == "lr_factor":
+        return draw(plot, "Learning rate.", xlabel=xlabel, ylabel="part of its peak")
+    what = "Thin: the logged steps, after a tenth of them. Dots: averaged weights, validation text."
+    return draw(plot, what, xlabel=xlabel, ylabel="loss, nats per token")
+
+
+def net_groups(run: Run, net_bytes: int) -> dict[str, float]:
+    """The net's bytes by group of tensors: as recorded, else split as its parameters are."""
+    recorded, sizes = run.last("export", "final").get("group_bytes"), {}
+    if recorded:
+        return recorded
+    try:
+        with open(run.folder / "model.safetensors", "rb") as file:
+            header = json.loads(file.read(*struct.unpack("<Q", file.read(8))))
+        for name in sorted(header.keys() - {"__metadata__"}):
+            group = re.sub(r"^blocks\.\d+\.(attn|mlp)\..*|.*_scale|.*_mix", r"\1", name) or "scales"
+            sizes[group] = sizes.get(group, 0) + math.prod(header[name]["shape"])
+    except Exception:  # whatever is not as it should be in it
+        return {"net": net_bytes}
+    return {name: net_bytes * n / sum(sizes.values()) for name, n in sizes.items()}
+
+
+def bytes_picture(runs: list[Run]) -> str:
+    """Where the bytes of each artifact go."""
+    parts: list[dict[str, float]] = []
+    for run in runs:
+        made = run.last("export", "final")
+        net = net_groups(run, made["model_bytes"] - made["packed_bytes"])
+        parts.append({"code": made["code_bytes"], **net, "packed text": made["packed_bytes"],
+                      "left": made["limit_bytes"] - made["total_bytes"]})  # fmt: skip
+    names = dict.fromkeys(name for part in parts for name in part if name != "left")
+    colour = dict(zip(names, SERIES + [MUTED] * len(names), strict=False)) | {"left": GRID}
+
+    def bars(axes: Any) -> None:
+        before = np.zeros(len(runs))
+        for name, c in colour.items():
+            width = np.array([part.get(name, 0) for part in parts])
+            axes.barh([run.name for run in runs], width, left=before, color=c, label=name)
+            before += width
+        axes.margins(x=0, y=0.01)
+        axes.figure.legend(loc="outside upper left", ncols=6)
+        axes.figure.set_size_inches(11.4, 1.3 + 0.26 * len(runs))
+
+    caption = "Bytes of the net that are not recorded by group are split as its parameters are."
+    return draw(bars, caption, xlabel="bytes")
+
+
+def cost_pictures(costs: Costs) -> str:
+    """Bits per byte by position in the document and by document."""
+    position, by_position = costs.by_position()
+    sizes, by_document = costs.by_document()
+    step = -(-len(sizes) // DOCUMENTS_SHOWN)
+
+    def positions(axes: Any) -> None:
+        axes.plot(position, by_position, "o-", markersize=3, label=WAYS)
+        axes.legend()
+
+    def documents(axes: Any) -> None:
+        axes.scatter(sizes[::step], by_document[::step, 2], s=18, alpha=0.6, color=SERIES[2])
+        axes.axhline(costs.total[2], color=INK, linewidth=1, linestyle="--")
+
+    axis = {"xscale": "log", "ylabel": "bits per byte"}
+    dots = f"One document in {step} of {len(sizes):,} is a dot: BPB mixed; dashed: the whole text."
+    text = draw(positions, "By position.", xlabel="tokens since the document's start", **axis)
+    return text + draw(documents, dots, xlabel="bytes of the document", **axis)
+
+
+def experts_picture(experts: dict[str, float]) -> str:
+    """What the score loses without each expert of the mixer."""
+    names = sorted(experts, key=experts.get, reverse=True)
+
+    def bars(axes: Any) -> None:
+        axes.barh(names, [1000 * experts[name] for name in names], color=SERIES[2])
+        axes.figure.set_size_inches(4.6, max(3.1, 1 + 0.2 * len(names)))
+
+    return draw(bars, "What each expert is worth.", xlabel="BPB lost without it, thousandths")
+
+
+# ---- PAGE
+
+HOTTEST_BITS = 12  # from here on a token's colour is the strongest
+CSS = """
+:root { color-scheme: light dark; --back: #fff; --card: #f5f6f8; --ink: #1d2430; --muted: #66707e;
+  --grid: #dfe3e8; --hot: 226 88 34; --s0: #2563c9; --s1: #d9731a; --s2: #1a8f5a; --s3: #b8358f;
+  --s4: #7a5bd0; --s5: #a8841b; --s6: #1592a8; --s7: #c2413b; }
+@media (prefers-color-scheme: dark) { :root { --back: #12151b; --card: #1a1f27; --ink: #e3e7ed;
+  --muted: #97a1ae; --grid: #2d343f; --hot: 255 122 60; --s0: #6ea2f7; --s1: #f2a04e; --s2: #4cc38a;
+  --s3: #e77fc8; --s4: #a892f0; --s5: #d6b54a; --s6: #4cc4da; --s7: #f0807a; } }
+body { margin: auto; padding: 0 20px; max-width: 1180px; background: var(--back);
+  color: var(--ink); font: 15px/1.5 system-ui, sans-serif; }
+h1, h2, h3 { line-height: 1.25; margin: 1.2em 0 .5em; }
+.scroll { overflow-x: auto; } .note { border-left: 3px solid var(--s1); padding-left: 10px; }
+table { border-collapse: collapse; font-size: 14px; font-variant-numeric: tabular-nums; }
+td, th { padding: 4px 8px; border-bottom: 1px solid var(--grid); text-align: left; }
+th { vertical-align: bottom; } td { white-space: nowrap; } .n { text-align: right; }
+td:first-child::before { content: "■ "; color: var(--own); } tr:hover { background: var(--card); }
+button { all: unset; cursor: pointer; } button:focus-visible { outline: auto; }
+[aria-sort=ascending]::after { content: " ▲"; } [aria-sort=descending]::after { content: " ▼"; }
+.grid { display: grid; gap: 16px; grid-template-columns: repeat(auto-fill, minmax(340px, 1fr)); }
+figure { margin: 0; } figcaption, .small { color: var(--muted); font-size: 13px; }
+svg { width: 100%; height: auto; } svg text { font-family: inherit !important; }
+.hot path { stroke-width: 4 !important; stroke-opacity: 1 !important; }
+summary { cursor: pointer; font-weight: 600; margin: 12px 0; }
+.text { background: var(--card); border-radius: 6px; padding: 8px 12px; margin: 4px 0 14px;
+  white-space: pre-wrap; overflow-wrap: anywhere; font: 13px/1.7 ui-monospace, monospace; }
+i { font-style: normal; color: var(--ink); background: rgb(var(--hot) / var(--heat)); }
+"""
+SCRIPT = """
+const table = document.querySelector("table"), heads = [...table.tHead.rows[0].cells];
+heads.forEach((head, column) => head.firstChild.onclick = () => {
+  const up = head.ariaSort !== "ascending", body = table.tBodies[0];
+  const text = row => row.cells[column].textContent, value = row => text(row).replaceAll(",", "");
+  const order = (a, b) => value(a) - value(b) || (text(a) < text(b) ? -1 : text(a) > text(b));
+  const none = row => text(row) === "-";
+  const rows = [...body.rows].sort((a, b) => none(a) - none(b) || (up ? order(a, b) : order(b, a)));
+  heads.forEach(other => other.ariaSort = null);
+  head.ariaSort = up ? "ascending" : "descending";
+  body.append(...rows);
+});
+for (const row of table.tBodies[0].rows)
+  row.onmouseenter = row.onmouseleave = event => document.querySelectorAll("." + row.id)
+    .forEach(line => line.classList.toggle("hot", event.type === "mouseenter"));
+"""
+
+
+def html_table(runs: list[Run]) -> str:
+    """The table of runs; a click on a header sorts it by that column."""
+    knobs, head, body = differing(runs), "", ""
+    titles = {"run": "", **{n: what for n, (_, _, what) in COLUMNS.items()}, "audit": ""}
+    kind = dict.fromkeys(COLUMNS, ' class="n"')
+    for name, what in (titles | dict.fromkeys(knobs, "a setting")).items():
+        text = f"<button>{name.replace('_', '_<wbr>')}</button>"
+        head += f'<th title="{what}"{kind.get(name, "")}>{text}</th>'
+    for i, run in enumerate(runs):
+        row = dict.fromkeys(knobs, "?") | run.settings() | run.row()
+        body += f'\n<tr id="run{i}" style="--own: {PAGE_COLOUR[colour_of(i)]}">'
+        for name in (*titles, *knobs):
+            body += f"<td{kind.get(name, '')}>{html.escape(row[name])}</td>"
+    return f'<div class="scroll"><table><thead>{head}</thead><tbody>{body}</tbody></table></div>'
+
+
+def coloured(bits: float, text: str, title: str = "") -> str:
+    """A piece of text, as a reader can see it, in the colour of its bits."""
+    text = text.replace("\u2581", " ").replace("\n", "↵\n") or "·"
+    text = html.escape("".join(c if c.isprintable() or c == "\n" else "·" for c in text))
+    heat = 0.9 * min(max(bits, 0) / HOTTEST_BITS, 1)
+    return f'<i style="--heat: {heat:.2f}" title="{title}">{text}</i>'
+
+
+def passage(costs: Costs, first: int) -> str:
+    """A passage, each token coloured by its bits (net, contexts and mixed in its tooltip)."""
+    part, text = slice(first, first + PASSAGE_TOKENS), ""
+    for token, (net, contexts, mixed) in zip(costs.tokens[part], costs.bits[part], strict=True):
+        title = f"{mixed:.2f} bits (net {net:.2f}, contexts {contexts:.2f})"
+        text += coloured(float(mixed), str(costs.pieces[token]), title)
+    bpb = costs.bits[part].sum(axis=0) / costs.sizes[part].sum(dtype=np.int64)
+    facts = ", ".join(f"{name} {value:.3f}" for name, value in zip(WAYS, bpb, strict=True))
+    where = f"from token {first:,} of {len(costs.tokens):,}; BPB {facts}"
+    return f'<div class="small">{where}</div><div class="text">{text}</div>'
+
+
+def run_section(run: Run, opened: bool) -> str:
+    """What is known of one run's tokens and experts."""
+    costs, sentence = read_costs(run)
+    experts = run.last("final").get("experts") or run.last("eval").get("experts")
+    pictures = cost_pictures(costs) if costs else ""
+    pictures += experts_picture(experts) if experts else ""
+    text = f'<p class="small">{html.escape(sentence)}</p><div class="grid">{pictures}</div>'
+    if costs:
+        scale = " ".join(coloured(bits, f" {bits} ") for bits in range(0, HOTTEST_BITS + 1, 3))
+        text += f'<p class="small">Bits of a token: {scale} and more; point at one to see them.</p>'
+        for kind, chosen in zip(("most expensive", "cheapest"), costs.passages(), strict=True):
+            passages = (passage(costs, first) for first in chosen)
+            text += f"<h3>The {kind} passages</h3>{''.join(passages)}"
+    name = html.escape(run.name)
+    return f"<details{' open' * opened}><summary>{name}</summary>{text}</details>"
+
+
+def page(runs: list[Run], warnings: list[str]) -> str:
+    """The whole page, which needs nothing else."""
+    exported = [run for run in runs if "packed_bytes" in run.last("export", "final")]
+    best = runs[0].final.get("val_bpb")
+    title = f"{len(runs)} run{'s' * (len(runs) != 1)}"
+    title += f", the best {best:.4f} bits per byte" if is_number(best) else ""
+    warned = "".join(f'<p class="note">{html.escape(text)}</p>' for text in warnings)
+    kinds = [("train_loss", True), ("train_loss", False)]
+    kinds += [("lr_factor", True)] * any(run.curve("train", "lr_factor").size for run in runs)
+    pictures = "".join(curves(runs, *kind) for kind in kinds)
+    sections = "".join(run_section(run, i == 0) for i, run in enumerate(runs))
+    return f"""<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
+<title>{title}</title><link rel="icon" href="data:,"><style>{CSS}</style></head><body>
+<h1>{title}</h1>
+<p>Bits per byte (BPB), lower is better: of the net alone, of the context models alone, and of both
+mixed, which is the score. Click on a header to sort; point at a row to find its lines.</p>
+{warned}{html_table(runs)}
+<h2>Training</h2><div class="grid">{pictures}</div>
+<h2>The file</h2>{bytes_picture(exported[:20]) if exported else "<p>No artifact yet.</p>"}
+<h2>The validation text</h2>{sections}
+<script>{SCRIPT}</script></body></html>
+"""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The program; returns its exit status."""
+    about = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=about)
+    parser.add_argument("runs", nargs="*", type=Path, help="folders of runs (default: logs)")
+    parser.add_argument("--out", type=Path, default=Path("logs/report.html"), help="the page")
+    args = parser.parse_args(argv)
+    runs = find_runs(args.runs or [Path("logs")])
+    if not any(run.records or args.runs for run in runs):
+        print(f"error: no runs in {', '.join(map(str, args.runs)) or 'logs'}", file=sys.stderr)
+        return 2
+    print(terminal_table(runs, shutil.get_terminal_size().columns))
+    for text in notes(runs):
+        print(textwrap.fill(f"note: {text}", 80))
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    args.out.write_text(page(runs, notes(runs)), encoding="utf-8", errors="replace")
+    print(f"pictures: {args.out}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
