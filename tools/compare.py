@@ -8,30 +8,27 @@ Other settings come from the environment, as for a single run. The runs take pla
 other. The same command goes on where it was interrupted; finished runs are kept.
 """
 
-import argparse
 import itertools
 import math
 import os
 import re
 import shlex
-import shutil
 import signal
 import subprocess
 import sys
 import textwrap
+from argparse import ArgumentParser, Namespace, RawTextHelpFormatter
 from pathlib import Path
 from statistics import fmean, stdev
 
-from report import Run, aligned, differing, is_number, notes, read_run
+from report import Run, aligned, differing, notes, read_run
 
 SCRIPT = Path(__file__).resolve().parent.parent / "train_gpt_mlx_kl.py"
 OWN = ("RUN_ID", "OUT_DIR", "RESUME", "EVAL_ONLY")  # what this program sets itself
-# Student's t: 97.5 % quantiles for 1 to 30 degrees of freedom. More have smaller ones.
-T = (12.7062, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3646, 2.3060, 2.2622, 2.2281, 2.2010,
-     2.1788, 2.1604, 2.1448, 2.1314, 2.1199, 2.1098, 2.1009, 2.0930, 2.0860, 2.0796, 2.0739, 2.0687,
-     2.0639, 2.0595, 2.0555, 2.0518, 2.0484, 2.0452, 2.0423)  # fmt: skip
+# Student's t: 97.5 % quantiles for 1 to 22 degrees of freedom. Those of more are smaller.
+T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160,
+     2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074)  # fmt: skip
 Settings = dict[str, str]
-Scores = dict[str, dict[str, float]]  # {combination: {seed: BPB}}
 
 
 class Stop(Exception):
@@ -44,10 +41,9 @@ def combinations(words: list[str]) -> list[Settings]:
     for word in words:
         name, _, text = word.partition("=")
         values = text.split(",")
-        if not re.fullmatch("[A-Z][A-Z0-9_]*", name) or not all(values) or name in OWN:
-            raise Stop(f"{word}: give settings as NAME=VALUE,VALUE; not {', '.join(OWN)}", 2)
-        if name in choices or len(set(values)) < len(values):
-            raise Stop(f"{word}: something is there twice", 2)
+        twice = name in choices or len(set(values)) < len(values)
+        if not re.fullmatch("[A-Z][A-Z0-9_]*", name) or not all(values) or name in OWN or twice:
+            raise Stop(f"{word}: not NAME=VALUE,VALUE, or twice there, or set by this program", 2)
         choices[name] = values
     names = sorted(choices, key="SEED".__eq__)
     return [dict(zip(names, v, strict=True)) for v in itertools.product(*map(choices.get, names))]
@@ -56,20 +52,19 @@ def combinations(words: list[str]) -> list[Settings]:
 def label(settings: Settings, without: str = "") -> str:
     """Settings as a run's folder and the table name them."""
     text = ",".join(f"{name}={value}" for name, value in settings.items() if name != without)
-    return re.sub(r"[^\w.,=+-]", "_", text) or "as it is"
+    return re.sub(r"[^\w.,=+-]", "_", text) or "default"
 
 
-def unlike(config: dict, env: Settings) -> list[str]:
-    """What a run's config record says, where the environment says something else."""
+def unlike(run: Run, env: Settings) -> list[str]:
+    """The settings that a run was made with where the environment says something else."""
 
-    def plain(value: object) -> object:
-        return float(value) if re.fullmatch(r"True|False|[\d.e+-]+", str(value)) else value
+    def plain(text: str) -> float | str:
+        return float(text) if re.fullmatch(r"-?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", text) else text
 
-    known = {name.upper(): value for name, value in config.items()}
     # A record says NGRAM_MIXER_ENABLED=0 as MIXER=off, and instead of auto what it came to.
-    names = known.keys() & {n for n in env if env[n] not in ("", "auto")}
-    names -= {*OWN, "NGRAM_MIXER_ENABLED"}
-    return [f"{n} was {known[n]}" for n in sorted(names) if plain(known[n]) != plain(env[n])]
+    was, ours = run.settings(), (*OWN, "NGRAM_MIXER_ENABLED")
+    given = {n: v for n, v in env.items() if n in was and n not in ours and v not in ("", "auto")}
+    return [f"{n} was {was[n]}, not {v}" for n, v in given.items() if plain(was[n]) != plain(v)]
 
 
 class Runner:
@@ -100,19 +95,18 @@ class Runner:
         for line in filter(None, map(str.strip, self.process.stdout)):
             lines = [*lines[-20:], line]
             if sys.stdout.isatty():
-                width = shutil.get_terminal_size().columns - 1
-                print(f"\r\033[K{line[:width]}", end="", flush=True)
+                print(f"\r\033[K{line[:79]}", end="", flush=True)
             if not config and (config := read_run(folder).last("config")):
                 unknown = [name for name in names if name.lower() not in config]
                 if unknown:
                     self.process.terminate()
         status = self.process.wait()
         print("\r\033[K" * sys.stdout.isatty(), end="")
-        errors = [text for text in lines if text.startswith("error: ")] or lines[-1:]
+        errors = [text[7:] for text in lines if text.startswith("error: ")] or lines[-1:]
         if unknown:
             raise Stop(f"{', '.join(unknown)}: no setting of {script.name}", 2)
         if status == 2:
-            raise Stop("\n".join(errors).replace("error: ", ""), 2)
+            raise Stop("\n".join(errors), 2)
         return errors[-1] if status else ""
 
 
@@ -134,12 +128,11 @@ def sentence(name: str, first: str, differences: list[float]) -> str:
         return f"{text} (n = 1), but one seed shows nothing about noise: give SEED=1,2,3."
     low, high = interval(differences)
     known = f"n = {n} seeds, 95 % interval {low:+.4f} to {high:+.4f}"
-    shown = not low <= 0 <= high
-    return f"{text}: shown ({known})." if shown else f"{text}: it may be noise ({known})."
+    return f"{text}: {'it may be noise' if low <= 0 <= high else 'shown'} ({known})."
 
 
-def summary(scores: Scores, metric: str) -> str:
-    """Table and sentences; the first combination is what the others are compared with."""
+def summary(scores: dict[str, dict[str, float]], metric: str) -> str:
+    """Table and sentences of {combination: {seed: BPB}}; all are compared with the first."""
     first, said = next(iter(scores)), []
     rows = [["n", "mean", "spread", "difference", "95 % interval", metric]]
     for name, by_seed in scores.items():
@@ -158,36 +151,19 @@ def summary(scores: Scores, metric: str) -> str:
     return "\n".join([*aligned(rows), "", *(textwrap.fill(text, 80) for text in said)])
 
 
-def remarks(runs: list[Run], args: argparse.Namespace) -> list[str]:
-    """Sentences on what else the runs differ in."""
-    text = notes(runs, "packed_tokens" if args.metric == "val_bpb_net" else "")
-    varied = " ".join(args.settings)
-    more = [name for name in differing(runs) if f"{name}=" not in varied]
-    if more and "PRESET=" not in varied:
-        text.append(f"These runs differ in {', '.join(more)} too.")
-    copies = {(run.folder / args.script.name).read_bytes() for run in runs}
-    if len(copies | {args.script.read_bytes()}) > 1:
-        text.append("Not all of these runs are of the script as it is now: choose another --out.")
-    return text
-
-
-def compare(args: argparse.Namespace, runner: Runner) -> int:
+def compare(args: Namespace, runner: Runner) -> int:
     """Make the runs, then the table; returns the exit status. Raises Stop."""
-    wanted, limits, budget = combinations(args.settings), {}, ""
-    if args.steps:
-        limits = {"ITERATIONS": str(args.steps), "MAX_WALLCLOCK_SECONDS": "0"}
-        budget = f"-{args.steps}steps"
-    elif args.seconds:
-        limits, budget = {"MAX_WALLCLOCK_SECONDS": f"{args.seconds:g}"}, f"-{args.seconds:g}s"
-    out = args.out or Path("logs/compare", "-".join(wanted[0]) + budget)
+    wanted = combinations(args.settings)
+    limits = {"ITERATIONS": str(args.steps), "MAX_WALLCLOCK_SECONDS": "0"} if args.steps else {}
+    limits |= {"MAX_WALLCLOCK_SECONDS": f"{args.seconds:g}"} if args.seconds else {}
+    out = args.out or Path("logs/compare", ",".join([*wanted[0], label(limits)]))
     envs = {label(settings): {**os.environ, **settings, **limits} for settings in wanted}
     if len(envs) < len(wanted) or limits.keys() & wanted[0].keys():
         raise Stop(f"settings that clash: {', '.join([*wanted[0], *limits])}", 2)
     for name, env in envs.items():
-        for difference in unlike(read_run(out / name).last("config"), env):
+        for difference in unlike(read_run(out / name), env):
             raise Stop(f"{out / name}: {difference}; choose another --out", 2)
-    scores: Scores = {label(settings, "SEED"): {} for settings in wanted}
-    runs: list[Run] = []
+    runs, scores = [], {label(settings, "SEED"): {} for settings in wanted}
     for number, (settings, (name, env)) in enumerate(zip(wanted, envs.items(), strict=True), 1):
         run, why, head = read_run(out / name), "kept", f"[{number}/{len(wanted)}] {name}"
         if not run.final:
@@ -195,17 +171,24 @@ def compare(args: argparse.Namespace, runner: Runner) -> int:
             why = runner.run(args.script, run.folder, settings, env)
             run = read_run(run.folder)
         if runner.asked:
-            again = shlex.join(["python", *sys.argv])
-            raise Stop(f"{head}: {why}\nto go on: {again}", 128 + runner.asked)
-        score = run.final.get(args.metric)
-        if is_number(score) and run.status() != "fail":
+            why += f"\nto go on: {shlex.join(['python', *sys.argv])}"
+            raise Stop(f"{head}: {why}", 128 + runner.asked)
+        score = run.score(args.metric)
+        if score < math.inf:
             print(f"{head}: {args.metric} {score:.4f} {why}", flush=True)
             scores[label(settings, "SEED")][settings.get("SEED", "")] = score
             runs.append(run)
         else:
-            print(f"{head} failed: {why}, audit {run.status()}", flush=True)
+            print(f"{head} failed: {why} ({run.status()})", flush=True)
     print(f"\n{summary(scores, args.metric)}" * bool(runs))
-    for text in remarks(runs, args):
+    remarks = notes(runs, "packed_tokens" if args.metric == "val_bpb_net" else "")
+    more = [name for name in differing(runs) if name not in wanted[0]]
+    if more and "PRESET" not in wanted[0]:
+        remarks.append(f"These runs differ in {', '.join(more)} too.")
+    copies = (run.folder / args.script.name for run in runs)
+    if {path.read_bytes() for path in copies if path.is_file()} - {args.script.read_bytes()}:
+        remarks.append("Not all runs are of the script as it is now: choose another --out.")
+    for text in remarks:
         print(textwrap.fill(f"note: {text}", 80))
     print(f"pictures: python {shlex.quote(str(Path(__file__).with_name('report.py')))} {out}")
     return int(len(runs) < len(wanted))
@@ -213,8 +196,7 @@ def compare(args: argparse.Namespace, runner: Runner) -> int:
 
 def main(argv: list[str] | None = None) -> int:
     """The program; returns its exit status."""
-    about = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=about)
+    parser = ArgumentParser(description=__doc__, formatter_class=RawTextHelpFormatter)
     parser.add_argument("settings", nargs="+", metavar="NAME=VALUE,VALUE", help="what to vary")
     limit = parser.add_mutually_exclusive_group()
     limit.add_argument("--steps", type=int, help="steps of each run: repeatable, without a clock")
@@ -226,9 +208,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         return compare(parser.parse_args(argv), Runner())
     except Stop as stop:
-        text, status = stop.args
-        print(textwrap.indent(text, "error: " * (status == 2)), file=sys.stderr)
-        return status
+        print(textwrap.indent(stop.args[0], "error: " * (stop.args[1] == 2)), file=sys.stderr)
+        return stop.args[1]
 
 
 if __name__ == "__main__":

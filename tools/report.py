@@ -1,14 +1,12 @@
 #!/usr/bin/env python3
 """A table of runs on the terminal, and logs/report.html: one page with their pictures.
 
-    python tools/report.py                      every run under logs/
-    python tools/report.py logs/A logs/B        these runs, or all below these folders
+    python tools/report.py [logs/RUN ...]       these runs, or all below these folders
 
 It reads what a run leaves in its folder: metrics.jsonl; costs.npz (what each token cost) and
 model.safetensors (how large the net's parts are) where they exist. It needs numpy and matplotlib.
 """
 
-import argparse
 import html
 import io
 import json
@@ -18,6 +16,7 @@ import shutil
 import struct
 import sys
 import textwrap
+from argparse import ArgumentParser, RawTextHelpFormatter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,16 +25,14 @@ from typing import Any
 import numpy as np
 
 # ---- RUNS: what is recorded of each, as it is on disk, whole or not
-
 FACTS = (  # of a config record, what is no knob or differs in every run
     "event run_id out_dir resume machine mlx_version dtype_used blas_used workers_used ranks gflops"
 )
 SAME = {  # what runs must share if their scores are to be compared
     "val_sha256": "were scored on different texts: their BPB cannot be compared",
-    "mode": "were scored in different modes, and BPB differs for that reason",
-    "train_steps": "took different numbers of steps, and BPB differs for that reason",
-    "packed_tokens": "packed different amounts of text, and val_bpb and val_bpb_context differ "
-    "for that reason; val_bpb_net does not",
+    "mode": "were scored in different modes, and BPB differs by that",
+    "train_steps": "took different numbers of steps, and BPB differs by that",
+    "packed_tokens": "packed different amounts of text, and all but val_bpb_net differ by that",
 }
 COLUMNS = {  # of the table, name: (what records call it, how it is written, what it is)
     "net": ("val_bpb_net", ".4f", "bits per byte of the net alone; unfinished: last validation"),
@@ -72,6 +69,11 @@ class Run:
         known = dict(point for point in points if all(map(is_number, point)))
         return np.array(sorted(known.items())).reshape(-1, 2).T
 
+    def score(self, metric: str = "val_bpb") -> float:
+        """Bits per byte; infinite where there are none or the audit failed."""
+        bpb = self.final.get(metric)
+        return bpb if is_number(bpb) and self.status() != "fail" else math.inf
+
     def status(self) -> str:
         """The audit's word, or how far an unfinished run has got."""
         if self.final:
@@ -82,7 +84,7 @@ class Run:
     def settings(self) -> dict[str, str]:
         """Knobs by name, as an environment would have them."""
         known = {k.upper(): v for k, v in self.last("config").items() if k not in FACTS.split()}
-        return {k: f"{v:g}" if isinstance(v, bool | float) else str(v) for k, v in known.items()}
+        return {k: f"{v:.15g}" if isinstance(v, bool | float) else str(v) for k, v in known.items()}
 
     def row(self) -> dict[str, str]:
         """What the table says of it, by column."""
@@ -104,8 +106,7 @@ def read_run(folder: Path, name: str = "") -> Run:
     for line in path.read_text(errors="replace").splitlines() if path.is_file() else []:
         try:
             record = json.loads(line)
-            record["event"] + ""
-            records.append(record)
+            records += [record] if record["event"] + "" else []
         except (ValueError, TypeError, KeyError):
             damaged += 1
     return Run(folder, name or folder.name, records, damaged)
@@ -118,9 +119,7 @@ def find_runs(paths: list[Path]) -> list[Run]:
         for folder in sorted(p.parent for p in path.rglob("metrics.jsonl")) or [path]:
             name = "" if folder == path else str(folder.relative_to(path))
             runs.setdefault(folder.resolve(), read_run(folder, name))
-    scores = {run: run.final.get("val_bpb") for run in runs.values() if run.status() != "fail"}
-    ranks = {run: score for run, score in scores.items() if is_number(score)}
-    return sorted(runs.values(), key=lambda run: ranks.get(run, math.inf))
+    return sorted(runs.values(), key=Run.score)
 
 
 def differing(runs: list[Run]) -> list[str]:
@@ -149,20 +148,18 @@ def aligned(rows: list[list[str]]) -> list[str]:
 
 def terminal_table(runs: list[Run], width: int) -> str:
     """A line for each run: figures, then the knobs in which the runs differ, wrapped."""
-    knobs = differing(runs)
-    rows = [[*COLUMNS, "audit", "run" + "  settings that differ" * bool(knobs)]]
+    knobs, rows = differing(runs), [[*COLUMNS, "audit", "run"]]
     for run in runs:
-        (*figures, name), settings = run.row().values(), run.settings()
-        rows.append([*figures, "  ".join([name, *(f"{k}={settings.get(k, '?')}" for k in knobs)])])
+        settings = "".join(f"  {name}={run.settings().get(name, '?')}" for name in knobs)
+        rows.append([*run.row().values()])
+        rows[-1][-1] += settings
     wrapper = textwrap.TextWrapper(max(width, 40), subsequent_indent=4 * " ")
     wrapper.break_long_words = wrapper.break_on_hyphens = False
     return "\n".join(map(wrapper.fill, aligned(rows)))
 
 
 # ---- COSTS: what each token of the validation text cost (costs.npz)
-
-PASSAGE_TOKENS, PASSAGES = 80, 6  # length of a passage; how many of each kind are shown
-DOCUMENTS_SHOWN = 1500
+PASSAGE_TOKENS, PASSAGES, DOCUMENTS = 80, 6, 1500  # length; how many are shown of each kind
 WAYS = ("net", "contexts", "mixed")  # the columns of `nats`
 
 
@@ -180,13 +177,12 @@ class Costs:
             raise ValueError("its arrays do not fit together")
         self.bits = nats / np.float32(math.log(2))
         self.starts = np.unique(np.append(starts, 0))  # what comes before the first is one too
-        self.total = self.bits.sum(axis=0, dtype=float) / self.sizes.sum(dtype=np.int64)  # BPB
 
-    def by_document(self) -> tuple[np.ndarray, np.ndarray]:
-        """UTF-8 bytes (D,) and bits per byte (D, 3) of the documents that have any text."""
-        sizes = np.add.reduceat(self.sizes, self.starts, dtype=np.int64)
-        bits = np.add.reduceat(self.bits, self.starts, axis=0, dtype=float)
-        return sizes[sizes > 0], bits[sizes > 0] / sizes[sizes > 0, None]
+    def stretches(self, first: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """UTF-8 bytes (n,) and bits per byte (n, 3) of what begins at these tokens."""
+        sizes = np.add.reduceat(self.sizes, first, dtype=np.int64)
+        bits = np.add.reduceat(self.bits, first, axis=0, dtype=float)
+        return sizes, bits / np.maximum(sizes, 1)[:, None]
 
     def by_position(self, least_bytes: int = 500) -> tuple[np.ndarray, np.ndarray]:
         """Tokens since the document's start, in half octaves (P,), and bits per byte (P, 3)."""
@@ -198,21 +194,12 @@ class Costs:
         enough = sizes >= min(least_bytes, sizes.max())
         return 2 ** ((np.flatnonzero(enough) + 0.5) / 2), bits[enough] / sizes[enough, None]
 
-    def passages(self) -> tuple[list[int], list[int]]:
-        """First tokens of the passages with the most and the fewest bits per byte, none twice."""
-        length = min(PASSAGE_TOKENS, len(self.tokens))
-        first = np.arange(0, len(self.tokens) - length + 1, max(length // 4, 1))
-        bits = np.append(0, np.cumsum(self.bits[:, 2], dtype=float))
-        sizes = np.append(0, np.cumsum(self.sizes, dtype=np.int64))
-        first = first[sizes[first + length] > sizes[first]]
-        last = first + length
-        order = first[np.argsort((bits[last] - bits[first]) / (sizes[last] - sizes[first]))]
-        chosen: tuple[list[int], list[int]] = [], []
-        for kind, candidates in zip(chosen, (order[::-1], order), strict=True):
-            for at in map(int, candidates):
-                if len(kind) < PASSAGES and all(abs(at - other) >= length for other in kind):
-                    kind.append(at)
-        return chosen
+    def passages(self) -> tuple[np.ndarray, np.ndarray]:
+        """First tokens of the passages with the most and with the fewest bits per byte."""
+        count = max(len(self.tokens) // PASSAGE_TOKENS, 1)
+        _, bpb = self.stretches(PASSAGE_TOKENS * np.arange(count))
+        order = PASSAGE_TOKENS * np.argsort(bpb[:, 2])
+        return order[::-1][:PASSAGES], order[:PASSAGES]
 
 
 def read_costs(run: Run) -> tuple[Costs | None, str]:
@@ -223,13 +210,12 @@ def read_costs(run: Run) -> tuple[Costs | None, str]:
         return None, "No costs.npz: nothing is recorded of single tokens."
     except Exception as error:  # whatever NumPy makes of a damaged file
         return None, f"costs.npz is damaged: {error}."
-    total, score = costs.total[2], run.final.get("val_bpb")
-    same = not is_number(score) or math.isclose(total, score, rel_tol=1e-3)
+    total, score = costs.stretches([0])[1][0, 2], run.score()
+    same = score == math.inf or math.isclose(total, score, rel_tol=1e-3)
     return costs, "" if same else f"costs.npz adds up to {total:.4f} BPB, the score is {score:.4f}."
 
 
 # ---- PICTURES: SVG whose colours are the page's, so that one picture suits light and dark
-
 INK, GRID, MUTED = "#010101", "#010102", "#010103"  # each stands for a colour of the page
 SERIES = [f"#01020{i}" for i in range(8)]
 PAGE_COLOUR = {INK: "currentColor", GRID: "var(--grid)", MUTED: "var(--muted)"}
@@ -243,10 +229,7 @@ STYLE = {
 
 
 def draw(plot: Callable[[Any], Any], caption: str, **axis: Any) -> str:
-    """An HTML figure of what `plot` draws into axes; lines with the gid "runN" have it as class.
-
-    axis: settings of the axes; without a label for y the picture is one of bars.
-    """
+    """An HTML figure of what `plot` draws; a gid "runN" is a class there; no ylabel: bars."""
     import matplotlib  # here, as the tables need none
     from matplotlib.figure import Figure
     from matplotlib.ticker import EngFormatter
@@ -260,17 +243,13 @@ def draw(plot: Callable[[Any], Any], caption: str, **axis: Any) -> str:
         if "ylabel" not in axis:
             axes.invert_yaxis()
             axes.grid(axis="y", visible=False)
+            figure.set_figheight(1.2 + 0.24 * len(axes.get_yticks()))
         figure.savefig(text, format="svg", transparent=True)
         svg = re.sub(r"^.*?(?=<svg)|<metadata>.*?</metadata>", "", text.getvalue(), flags=re.S)
     svg = re.sub(r'<g id="(?!run\d)[^"]*"', "<g", svg)  # the same in every picture
     svg = re.sub(r'<g id="(run\d+)"', r'<g class="\1"', svg)
     svg = re.sub(r"#010[12]0\d", lambda colour: PAGE_COLOUR[colour[0]], svg)
     return f"<figure>{svg}<figcaption>{html.escape(caption)}</figcaption></figure>"
-
-
-def colour_of(i: int) -> str:
-    """The colour of run i: the best few have their own."""
-    return SERIES[i] if i < len(SERIES) else MUTED
 
 
 def curves(runs: list[Run], name: str, by_tokens: bool) -> str:
@@ -287,16 +266,15 @@ def curves(runs: list[Run], name: str, by_tokens: bool) -> str:
                 x = step * run.last("config").get("train_batch_tokens", 0)
                 if not by_tokens and len(step):
                     x = np.interp(step, *clock) / 1000 if clock.size else step * math.nan
-                axes.plot(x, y, color=colour_of(i), gid=f"run{i}", **look)
+                axes.plot(x, y, color=(SERIES + [MUTED] * i)[i], gid=f"run{i}", **look)
                 highest += list(y[step >= max(step, default=0) / 10])
         if max(highest) > -math.inf:
             axes.set_ylim(top=1.01 * max(highest))
 
     xlabel = "training tokens" if by_tokens else "seconds of training"
-    if name == "lr_factor":
-        return draw(plot, "Learning rate.", xlabel=xlabel, ylabel="part of its peak")
     what = "Thin: the logged steps, after a tenth of them. Dots: averaged weights, validation text."
-    return draw(plot, what, xlabel=xlabel, ylabel="loss, nats per token")
+    what, ylabel = (what, "loss, nats per token") if kinds[1:] else ("", "learning rate / its peak")
+    return draw(plot, what, xlabel=xlabel, ylabel=ylabel)
 
 
 def net_groups(run: Run, net_bytes: int) -> dict[str, float]:
@@ -308,8 +286,10 @@ def net_groups(run: Run, net_bytes: int) -> dict[str, float]:
         with open(run.folder / "model.safetensors", "rb") as file:
             header = json.loads(file.read(*struct.unpack("<Q", file.read(8))))
         for name in sorted(header.keys() - {"__metadata__"}):
-            group = re.sub(r"^blocks\.\d+\.(attn|mlp)\..*|.*_scale|.*_mix", r"\1", name) or "scales"
-            sizes[group] = sizes.get(group, 0) + math.prod(header[name]["shape"])
+            size = math.prod(header[name]["shape"])
+            group = re.sub(r"^blocks\.\d+\.(attn|mlp)\..*", r"\1", name)
+            group = group if size > 5000 else "small tensors"
+            sizes[group] = sizes.get(group, 0) + size
     except Exception:  # whatever is not as it should be in it
         return {"net": net_bytes}
     return {name: net_bytes * n / sum(sizes.values()) for name, n in sizes.items()}
@@ -334,45 +314,31 @@ def bytes_picture(runs: list[Run]) -> str:
             before += width
         axes.margins(x=0, y=0.01)
         axes.figure.legend(loc="outside upper left", ncols=6)
-        axes.figure.set_size_inches(11.4, 1.3 + 0.26 * len(runs))
+        axes.figure.set_figwidth(11.4)
 
-    caption = "Bytes of the net that are not recorded by group are split as its parameters are."
-    return draw(bars, caption, xlabel="bytes")
+    what = "Bytes of the net that are not recorded by group are split as its parameters are."
+    return draw(bars, what, xlabel="bytes")
 
 
 def cost_pictures(costs: Costs) -> str:
     """Bits per byte by position in the document and by document."""
-    position, by_position = costs.by_position()
-    sizes, by_document = costs.by_document()
-    step = -(-len(sizes) // DOCUMENTS_SHOWN)
+    sizes, bpb = costs.stretches(costs.starts)
+    shown = np.flatnonzero(sizes)[:: -(-len(sizes) // DOCUMENTS)]
 
     def positions(axes: Any) -> None:
-        axes.plot(position, by_position, "o-", markersize=3, label=WAYS)
+        axes.plot(*costs.by_position(), "o-", markersize=3, label=WAYS)
         axes.legend()
 
     def documents(axes: Any) -> None:
-        axes.scatter(sizes[::step], by_document[::step, 2], s=18, alpha=0.6, color=SERIES[2])
-        axes.axhline(costs.total[2], color=INK, linewidth=1, linestyle="--")
+        axes.scatter(sizes[shown], bpb[shown, 2], s=18, alpha=0.6, color=SERIES[2])
 
     axis = {"xscale": "log", "ylabel": "bits per byte"}
-    dots = f"One document in {step} of {len(sizes):,} is a dot: BPB mixed; dashed: the whole text."
-    text = draw(positions, "By position.", xlabel="tokens since the document's start", **axis)
-    return text + draw(documents, dots, xlabel="bytes of the document", **axis)
-
-
-def experts_picture(experts: dict[str, float]) -> str:
-    """What the score loses without each expert of the mixer."""
-    names = sorted(experts, key=experts.get, reverse=True)
-
-    def bars(axes: Any) -> None:
-        axes.barh(names, [1000 * experts[name] for name in names], color=SERIES[2])
-        axes.figure.set_size_inches(4.6, max(3.1, 1 + 0.2 * len(names)))
-
-    return draw(bars, "What each expert is worth.", xlabel="BPB lost without it, thousandths")
+    label, dots = "tokens since the document's start", f"{len(shown):,} of {len(sizes):,} documents"
+    text = draw(positions, "BPB by position in the document.", xlabel=label, **axis)
+    return text + draw(documents, f"{dots}, mixed.", xlabel="bytes of the document", **axis)
 
 
 # ---- PAGE
-
 HOTTEST_BITS = 12  # from here on a token's colour is the strongest
 CSS = """
 :root { color-scheme: light dark; --back: #fff; --card: #f5f6f8; --ink: #1d2430; --muted: #66707e;
@@ -382,12 +348,11 @@ CSS = """
   --muted: #97a1ae; --grid: #2d343f; --hot: 255 122 60; --s0: #6ea2f7; --s1: #f2a04e; --s2: #4cc38a;
   --s3: #e77fc8; --s4: #a892f0; --s5: #d6b54a; --s6: #4cc4da; --s7: #f0807a; } }
 body { margin: auto; padding: 0 20px; max-width: 1180px; background: var(--back);
-  color: var(--ink); font: 15px/1.5 system-ui, sans-serif; }
-h1, h2, h3 { line-height: 1.25; margin: 1.2em 0 .5em; }
-.scroll { overflow-x: auto; } .note { border-left: 3px solid var(--s1); padding-left: 10px; }
+  color: var(--ink); font: 15px/1.5 system-ui, sans-serif; } .scroll { overflow-x: auto; }
 table { border-collapse: collapse; font-size: 14px; font-variant-numeric: tabular-nums; }
 td, th { padding: 4px 8px; border-bottom: 1px solid var(--grid); text-align: left; }
-th { vertical-align: bottom; } td { white-space: nowrap; } .n { text-align: right; }
+th { vertical-align: bottom; } td { white-space: nowrap; }
+:is(td, th):nth-child(n + 2):nth-child(-n + 7) { text-align: right; }
 td:first-child::before { content: "■ "; color: var(--own); } tr:hover { background: var(--card); }
 button { all: unset; cursor: pointer; } button:focus-visible { outline: auto; }
 [aria-sort=ascending]::after { content: " ▲"; } [aria-sort=descending]::after { content: " ▼"; }
@@ -395,10 +360,10 @@ button { all: unset; cursor: pointer; } button:focus-visible { outline: auto; }
 figure { margin: 0; } figcaption, .small { color: var(--muted); font-size: 13px; }
 svg { width: 100%; height: auto; } svg text { font-family: inherit !important; }
 .hot path { stroke-width: 4 !important; stroke-opacity: 1 !important; }
-summary { cursor: pointer; font-weight: 600; margin: 12px 0; }
+summary { cursor: pointer; font-weight: 600; } .note { color: var(--s1); }
 .text { background: var(--card); border-radius: 6px; padding: 8px 12px; margin: 4px 0 14px;
   white-space: pre-wrap; overflow-wrap: anywhere; font: 13px/1.7 ui-monospace, monospace; }
-i { font-style: normal; color: var(--ink); background: rgb(var(--hot) / var(--heat)); }
+i { font-style: normal; white-space: pre-wrap; background: rgb(var(--hot) / var(--heat)); }
 """
 SCRIPT = """
 const table = document.querySelector("table"), heads = [...table.tHead.rows[0].cells];
@@ -408,8 +373,7 @@ heads.forEach((head, column) => head.firstChild.onclick = () => {
   const order = (a, b) => value(a) - value(b) || (text(a) < text(b) ? -1 : text(a) > text(b));
   const none = row => text(row) === "-";
   const rows = [...body.rows].sort((a, b) => none(a) - none(b) || (up ? order(a, b) : order(b, a)));
-  heads.forEach(other => other.ariaSort = null);
-  head.ariaSort = up ? "ascending" : "descending";
+  heads.forEach(each => each.ariaSort = each !== head ? null : up ? "ascending" : "descending");
   body.append(...rows);
 });
 for (const row of table.tBodies[0].rows)
@@ -420,17 +384,14 @@ for (const row of table.tBodies[0].rows)
 
 def html_table(runs: list[Run]) -> str:
     """The table of runs; a click on a header sorts it by that column."""
-    knobs, head, body = differing(runs), "", ""
-    titles = {"run": "", **{n: what for n, (_, _, what) in COLUMNS.items()}, "audit": ""}
-    kind = dict.fromkeys(COLUMNS, ' class="n"')
-    for name, what in (titles | dict.fromkeys(knobs, "a setting")).items():
-        text = f"<button>{name.replace('_', '_<wbr>')}</button>"
-        head += f'<th title="{what}"{kind.get(name, "")}>{text}</th>'
+    names, head, body = ["run", *COLUMNS, "audit", *differing(runs)], "", ""
+    for name in names:
+        _, _, what = COLUMNS.get(name, ("", "", name))
+        head += f'<th title="{what}"><button>{name.replace("_", "_<wbr>")}</button></th>'
     for i, run in enumerate(runs):
-        row = dict.fromkeys(knobs, "?") | run.settings() | run.row()
-        body += f'\n<tr id="run{i}" style="--own: {PAGE_COLOUR[colour_of(i)]}">'
-        for name in (*titles, *knobs):
-            body += f"<td{kind.get(name, '')}>{html.escape(row[name])}</td>"
+        body += f'\n<tr id="run{i}" style="--own: {PAGE_COLOUR[(SERIES + [MUTED] * i)[i]]}">'
+        row = run.settings() | run.row()
+        body += "".join(f"<td>{html.escape(row.get(name, '?'))}</td>" for name in names)
     return f'<div class="scroll"><table><thead>{head}</thead><tbody>{body}</tbody></table></div>'
 
 
@@ -450,8 +411,8 @@ def passage(costs: Costs, first: int) -> str:
         text += coloured(float(mixed), str(costs.pieces[token]), title)
     bpb = costs.bits[part].sum(axis=0) / costs.sizes[part].sum(dtype=np.int64)
     facts = ", ".join(f"{name} {value:.3f}" for name, value in zip(WAYS, bpb, strict=True))
-    where = f"from token {first:,} of {len(costs.tokens):,}; BPB {facts}"
-    return f'<div class="small">{where}</div><div class="text">{text}</div>'
+    head = f"from token {first:,} of {len(costs.tokens):,}; BPB {facts}"
+    return f'<div class="small">{head}</div><div class="text">{text}</div>'
 
 
 def run_section(run: Run, opened: bool) -> str:
@@ -459,7 +420,10 @@ def run_section(run: Run, opened: bool) -> str:
     costs, sentence = read_costs(run)
     experts = run.last("final").get("experts") or run.last("eval").get("experts")
     pictures = cost_pictures(costs) if costs else ""
-    pictures += experts_picture(experts) if experts else ""
+    if experts:
+        names = sorted(experts, key=experts.get, reverse=True)
+        lost, unit = [1000 * experts[name] for name in names], "BPB lost without it, thousandths"
+        pictures += draw(lambda axes: axes.barh(names, lost), "Experts' worth.", xlabel=unit)
     text = f'<p class="small">{html.escape(sentence)}</p><div class="grid">{pictures}</div>'
     if costs:
         scale = " ".join(coloured(bits, f" {bits} ") for bits in range(0, HOTTEST_BITS + 1, 3))
@@ -474,9 +438,9 @@ def run_section(run: Run, opened: bool) -> str:
 def page(runs: list[Run], warnings: list[str]) -> str:
     """The whole page, which needs nothing else."""
     exported = [run for run in runs if "packed_bytes" in run.last("export", "final")]
-    best = runs[0].final.get("val_bpb")
+    best = runs[0].score()
     title = f"{len(runs)} run{'s' * (len(runs) != 1)}"
-    title += f", the best {best:.4f} bits per byte" if is_number(best) else ""
+    title += f", the best {best:.4f} bits per byte" if best < math.inf else ""
     warned = "".join(f'<p class="note">{html.escape(text)}</p>' for text in warnings)
     kinds = [("train_loss", True), ("train_loss", False)]
     kinds += [("lr_factor", True)] * any(run.curve("train", "lr_factor").size for run in runs)
@@ -498,8 +462,7 @@ mixed, which is the score. Click on a header to sort; point at a row to find its
 
 def main(argv: list[str] | None = None) -> int:
     """The program; returns its exit status."""
-    about = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=about)
+    parser = ArgumentParser(description=__doc__, formatter_class=RawTextHelpFormatter)
     parser.add_argument("runs", nargs="*", type=Path, help="folders of runs (default: logs)")
     parser.add_argument("--out", type=Path, default=Path("logs/report.html"), help="the page")
     args = parser.parse_args(argv)
