@@ -51,8 +51,8 @@ def combinations(words: list[str]) -> list[Settings]:
 
 def label(settings: Settings, without: str = "") -> str:
     """Settings as a run's folder and the table name them."""
-    text = ",".join(f"{name}={value}" for name, value in settings.items() if name != without)
-    return re.sub(r"[^\w.,=+-]", "_", text) or "default"
+    text = "+".join(f"{name}={value}" for name, value in settings.items() if name != without)
+    return re.sub("[^A-Za-z0-9._+=-]", "_", text) or "default"
 
 
 def unlike(run: Run, env: Settings) -> list[str]:
@@ -156,7 +156,7 @@ def compare(args: Namespace, runner: Runner) -> int:
     wanted = combinations(args.settings)
     limits = {"ITERATIONS": str(args.steps), "MAX_WALLCLOCK_SECONDS": "0"} if args.steps else {}
     limits |= {"MAX_WALLCLOCK_SECONDS": f"{args.seconds:g}"} if args.seconds else {}
-    out = args.out or Path("logs/compare", ",".join([*wanted[0], label(limits)]))
+    out = args.out or Path("logs/compare", "+".join([*wanted[0], label(limits)]))
     envs = {label(settings): {**os.environ, **settings, **limits} for settings in wanted}
     if len(envs) < len(wanted) or limits.keys() & wanted[0].keys():
         raise Stop(f"settings that clash: {', '.join([*wanted[0], *limits])}", 2)
@@ -171,11 +171,11 @@ def compare(args: Namespace, runner: Runner) -> int:
             why = runner.run(args.script, run.folder, settings, env)
             run = read_run(run.folder)
         if runner.asked:
-            why += f"\nto go on: {shlex.join(['python', *sys.argv])}"
-            raise Stop(f"{head}: {why}", 128 + runner.asked)
+            again = f"to go on: {shlex.join(['python', *sys.argv])}"
+            raise Stop(f"{head}: {why.partition('; to go on')[0]}\n{again}", 128 + runner.asked)
         score = run.score(args.metric)
         if score < math.inf:
-            print(f"{head}: {args.metric} {score:.4f} {why}", flush=True)
+            print(f"{head}: {args.metric} {score:.4f} {why}".rstrip(), flush=True)
             scores[label(settings, "SEED")][settings.get("SEED", "")] = score
             runs.append(run)
         else:

@@ -30,9 +30,9 @@ FACTS = (  # of a config record, what is no knob or differs in every run
 )
 SAME = {  # what runs must share if their scores are to be compared
     "val_sha256": "were scored on different texts: their BPB cannot be compared",
-    "mode": "were scored in different modes, and BPB differs by that",
-    "train_steps": "took different numbers of steps, and BPB differs by that",
-    "packed_tokens": "packed different amounts of text, and all but val_bpb_net differ by that",
+    "mode": "were scored in different modes: BPB depends on that",
+    "train_steps": "took different numbers of steps: BPB depends on that",
+    "packed_tokens": "packed different amounts of text: all but val_bpb_net depends on that",
 }
 COLUMNS = {  # of the table, name: (what records call it, how it is written, what it is)
     "net": ("val_bpb_net", ".4f", "bits per byte of the net alone; unfinished: last validation"),
@@ -360,7 +360,7 @@ button { all: unset; cursor: pointer; } button:focus-visible { outline: auto; }
 figure { margin: 0; } figcaption, .small { color: var(--muted); font-size: 13px; }
 svg { width: 100%; height: auto; } svg text { font-family: inherit !important; }
 .hot path { stroke-width: 4 !important; stroke-opacity: 1 !important; }
-summary { cursor: pointer; font-weight: 600; } .note { color: var(--s1); }
+summary { cursor: pointer; font-weight: 600; } .note { color: var(--s7); }
 .text { background: var(--card); border-radius: 6px; padding: 8px 12px; margin: 4px 0 14px;
   white-space: pre-wrap; overflow-wrap: anywhere; font: 13px/1.7 ui-monospace, monospace; }
 i { font-style: normal; white-space: pre-wrap; background: rgb(var(--hot) / var(--heat)); }
