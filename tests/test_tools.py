@@ -173,7 +173,8 @@ def test_folders_without_runs(tmp_path, capsys, monkeypatch):
 def test_runs_below_a_folder_are_found_once(tmp_path):
     write_run(tmp_path / "compare" / "x" / "A=1", WHOLE)
     write_run(tmp_path / "b", [CONFIG])
-    runs = report.find_runs([tmp_path, tmp_path / "b", tmp_path / "compare"])
+    again = tmp_path / "compare" / ".." / "b"
+    runs = report.find_runs([tmp_path, tmp_path / "b", again, tmp_path / "compare"])
     assert [run.name for run in runs] == ["compare/x/A=1", "b"]
 
 
@@ -373,7 +374,7 @@ def test_fifty_runs_stay_readable(tmp_path, capsys):
     assert len(out.splitlines()) == 52 and "run-00  SEED=0" in out
     page = (tmp_path / "page.html").read_text()
     own = re.findall(r'<tr id="run\d+" style="--own: (.*?)">', page)
-    assert own == [f"var(--s{i})" for i in range(8)] + ["var(--muted)"] * 42
+    assert own == [f"var(--s{i})" for i in range(8)] + ["var(--faint)"] * 42
     assert page.count("<details open>") == 1 and page.count("<details>") == 49
     assert len(page) < 1_000_000
 
@@ -437,7 +438,8 @@ def test_the_page_suits_light_and_dark(tmp_path, rng, capsys):
         shots.append(np.asarray(Image.open(path).convert("L"), dtype=float))
     dark, light = shots
     assert dark[0, 0] < 40 and light[0, 0] > 240 and dark.shape == light.shape == (900, 1200)
-    for shot in shots:  # the pictures' ink, in the lower half, stands out from the background
+    for shot in shots:  # the ink of text and of pictures stands out from the background
+        assert (abs(shot[:90] - shot[0, 0]) > 150).mean() > 0.005
         assert (abs(shot[450:] - shot[0, 0]) > 120).mean() > 0.002
 
 
@@ -525,6 +527,7 @@ record(event="config", x=x, seed=seed, iterations=steps, audit=True, max_wallclo
 def stop(*_):
     with open(Path(__file__).with_name("starts"), "a") as log:
         log.write("stopped\\n")
+    time.sleep(0.3)  # a second signal would be logged too
     print("error: stopped by SIGINT; to go on: RESUME=1", flush=True)
     os._exit(130)
 signal.signal(signal.SIGINT, stop)
@@ -548,7 +551,8 @@ def fake(tmp_path):
     def start(*words, **env):
         command = [sys.executable, TOOLS / "compare.py", *words, "--script", script]
         return subprocess.Popen(command, cwd=tmp_path, env={**CLEAN, **env}, text=True,
-                                stdout=subprocess.PIPE, stderr=subprocess.PIPE)  # fmt: skip
+                                stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                                start_new_session=True)  # fmt: skip
 
     def go(*words, **env):
         process = start(*words, **env)
@@ -636,6 +640,15 @@ def test_other_settings_in_a_folder_are_refused(fake):
     assert len(fake.starts()) == 2
 
 
+def test_what_a_record_says_in_other_words_is_the_same():
+    config = {**CONFIG, "mixer": "off", "ngram_mixer_enabled": True, "eval_only": ""}
+    run = report.Run(Path("."), "a", [config], 0)
+    same = {"NGRAM_MIXER_ENABLED": "0", "PRESET": "auto", "MATRIX_LR": "2e-2", "EVAL_ONLY": "a"}
+    assert compare.unlike(run, same | {"NUM_LAYERS": "", "HOME": "x", "GFLOPS": "7"}) == []
+    wrong = compare.unlike(run, {"AUDIT": "0", "MATRIX_LR": "0.03"})
+    assert wrong == ["AUDIT was 1, not 0", "MATRIX_LR was 0.02, not 0.03"]
+
+
 def test_what_else_differs_is_said(fake):
     text = fake("X=0,1", "--out", "out").out.replace("\n", " ")
     assert "note: These runs packed different amounts of text" in text and "too." not in text
@@ -664,7 +677,7 @@ def test_an_interrupt_ends_the_run_in_order_and_says_how_to_go_on(fake, number):
     while not list(fake.folder.glob("out/*/metrics.jsonl")) and time.monotonic() < deadline:
         time.sleep(0.05)
     time.sleep(0.3)  # it listens
-    process.send_signal(number)
+    os.killpg(process.pid, number)  # as a terminal does
     _, err = process.communicate(timeout=20)
     assert process.returncode == 128 + number
     assert fake.starts() == ["X=0+SEED=1 0", "stopped"]

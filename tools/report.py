@@ -32,7 +32,7 @@ SAME = {  # what runs must share if their scores are to be compared
     "val_sha256": "were scored on different texts: their BPB cannot be compared",
     "mode": "were scored in different modes: BPB depends on that",
     "train_steps": "took different numbers of steps: BPB depends on that",
-    "packed_tokens": "packed different amounts of text: all but val_bpb_net depends on that",
+    "packed_tokens": "packed different amounts of text: all but val_bpb_net depend on that",
 }
 COLUMNS = {  # of the table, name: (what records call it, how it is written, what it is)
     "net": ("val_bpb_net", ".4f", "bits per byte of the net alone; unfinished: last validation"),
@@ -216,10 +216,10 @@ def read_costs(run: Run) -> tuple[Costs | None, str]:
 
 
 # ---- PICTURES: SVG whose colours are the page's, so that one picture suits light and dark
-INK, GRID, MUTED = "#010101", "#010102", "#010103"  # each stands for a colour of the page
+INK, GRID, MUTED, FAINT = (f"#01010{i}" for i in range(4))  # each is a colour of the page
 SERIES = [f"#01020{i}" for i in range(8)]
 PAGE_COLOUR = {INK: "currentColor", GRID: "var(--grid)", MUTED: "var(--muted)"}
-PAGE_COLOUR |= {colour: f"var(--s{i})" for i, colour in enumerate(SERIES)}
+PAGE_COLOUR |= {FAINT: "var(--faint)"} | {c: f"var(--s{i})" for i, c in enumerate(SERIES)}
 STYLE = {
     "svg.fonttype": "none", "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,
     "grid.color": GRID, "axes.axisbelow": True, "legend.frameon": False, "text.color": INK,
@@ -254,7 +254,7 @@ def draw(plot: Callable[[Any], Any], caption: str, **axis: Any) -> str:
 
 def curves(runs: list[Run], name: str, by_tokens: bool) -> str:
     """What train records call `name` against tokens or seconds; with the loss, val_loss."""
-    thin, dots = {"alpha": 0.5, "linewidth": 1.2}, {"marker": "o", "markersize": 3.5}
+    thin, dots = {"linewidth": 0.7}, {"marker": "o", "markersize": 3.5}
     kinds = [("train", name, thin)] + [("val", "val_loss", dots)] * (name == "train_loss")
 
     def plot(axes: Any) -> None:
@@ -266,9 +266,9 @@ def curves(runs: list[Run], name: str, by_tokens: bool) -> str:
                 x = step * run.last("config").get("train_batch_tokens", 0)
                 if not by_tokens and len(step):
                     x = np.interp(step, *clock) / 1000 if clock.size else step * math.nan
-                axes.plot(x, y, color=(SERIES + [MUTED] * i)[i], gid=f"run{i}", **look)
+                axes.plot(x, y, color=(SERIES + [FAINT] * i)[i], gid=f"run{i}", **look)
                 highest += list(y[step >= max(step, default=0) / 10])
-        if max(highest) > -math.inf:
+        if max(highest) > -math.inf and kinds[1:]:
             axes.set_ylim(top=1.01 * max(highest))
 
     xlabel = "training tokens" if by_tokens else "seconds of training"
@@ -343,10 +343,10 @@ HOTTEST_BITS = 12  # from here on a token's colour is the strongest
 CSS = """
 :root { color-scheme: light dark; --back: #fff; --card: #f5f6f8; --ink: #1d2430; --muted: #66707e;
   --grid: #dfe3e8; --hot: 226 88 34; --s0: #2563c9; --s1: #d9731a; --s2: #1a8f5a; --s3: #b8358f;
-  --s4: #7a5bd0; --s5: #a8841b; --s6: #1592a8; --s7: #c2413b; }
+  --s4: #7a5bd0; --s5: #a8841b; --s6: #1592a8; --s7: #c2413b; --faint: #66707e50; }
 @media (prefers-color-scheme: dark) { :root { --back: #12151b; --card: #1a1f27; --ink: #e3e7ed;
   --muted: #97a1ae; --grid: #2d343f; --hot: 255 122 60; --s0: #6ea2f7; --s1: #f2a04e; --s2: #4cc38a;
-  --s3: #e77fc8; --s4: #a892f0; --s5: #d6b54a; --s6: #4cc4da; --s7: #f0807a; } }
+  --s3: #e77fc8; --s4: #a892f0; --s5: #d6b54a; --s6: #4cc4da; --s7: #f0807a; --faint: #97a1ae50; } }
 body { margin: auto; padding: 0 20px; max-width: 1180px; background: var(--back);
   color: var(--ink); font: 15px/1.5 system-ui, sans-serif; } .scroll { overflow-x: auto; }
 table { border-collapse: collapse; font-size: 14px; font-variant-numeric: tabular-nums; }
@@ -389,7 +389,7 @@ def html_table(runs: list[Run]) -> str:
         _, _, what = COLUMNS.get(name, ("", "", name))
         head += f'<th title="{what}"><button>{name.replace("_", "_<wbr>")}</button></th>'
     for i, run in enumerate(runs):
-        body += f'\n<tr id="run{i}" style="--own: {PAGE_COLOUR[(SERIES + [MUTED] * i)[i]]}">'
+        body += f'\n<tr id="run{i}" style="--own: {PAGE_COLOUR[(SERIES + [FAINT] * i)[i]]}">'
         row = run.settings() | run.row()
         body += "".join(f"<td>{html.escape(row.get(name, '?'))}</td>" for name in names)
     return f'<div class="scroll"><table><thead>{head}</thead><tbody>{body}</tbody></table></div>'
@@ -421,13 +421,13 @@ def run_section(run: Run, opened: bool) -> str:
     experts = run.last("final").get("experts") or run.last("eval").get("experts")
     pictures = cost_pictures(costs) if costs else ""
     if experts:
-        names = sorted(experts, key=experts.get, reverse=True)
-        lost, unit = [1000 * experts[name] for name in names], "BPB lost without it, thousandths"
+        names, unit = sorted(experts, key=experts.get)[::-1], "BPB lost without it, thousandths"
+        lost = [1000 * experts[name] for name in names]
         pictures += draw(lambda axes: axes.barh(names, lost), "Experts' worth.", xlabel=unit)
     text = f'<p class="small">{html.escape(sentence)}</p><div class="grid">{pictures}</div>'
     if costs:
         scale = " ".join(coloured(bits, f" {bits} ") for bits in range(0, HOTTEST_BITS + 1, 3))
-        text += f'<p class="small">Bits of a token: {scale} and more; point at one to see them.</p>'
+        text += f"<p>Bits of a token: {scale} and more; point at one to see them.</p>"
         for kind, chosen in zip(("most expensive", "cheapest"), costs.passages(), strict=True):
             passages = (passage(costs, first) for first in chosen)
             text += f"<h3>The {kind} passages</h3>{''.join(passages)}"
