@@ -299,7 +299,7 @@ def drawn(monkeypatch, make):
     """What `make` plots: the calls of the axes' methods, by name."""
     from matplotlib.axes import Axes
 
-    calls = {"barh": [], "plot": []}
+    calls = {"barh": [], "plot": [], "set_ylim": []}
     for name, kept in calls.items():
         method = getattr(Axes, name)
 
@@ -331,6 +331,17 @@ def test_losses_are_drawn_at_their_tokens_and_seconds(tmp_path, monkeypatch):
     )
     plots = drawn(monkeypatch, lambda: report.curves([run], "train_loss", False))["plot"]
     assert plots[-1][0][0] == pytest.approx([3.0, 6.0, 9.0])
+
+
+def test_the_steep_start_is_cut_off_and_only_the_best_have_colours(tmp_path, monkeypatch):
+    runs = [report.read_run(write_run(tmp_path / str(i), WHOLE)) for i in range(9)]
+    calls = drawn(monkeypatch, lambda: report.curves(runs, "train_loss", True))
+    (top,) = (more["top"] for _, more in calls["set_ylim"] if "top" in more)
+    assert top == pytest.approx(1.01 * 6.7)  # step 3 of 30
+    colour = {more["gid"]: more["color"] for _, more in calls["plot"]}
+    assert list(colour.values())[::-1] == [*report.SERIES, report.FAINT]
+    calls = drawn(monkeypatch, lambda: report.curves(runs, "lr_factor", True))
+    assert not any("top" in more for _, more in calls["set_ylim"])
 
 
 @pytest.mark.parametrize(
