@@ -111,7 +111,7 @@ def test_a_finished_run_is_a_row_of_figures(tmp_path, capsys):
     status, out, _ = report_of(capsys, tmp_path / "logs", "--out", tmp_path / "page.html")
     figures = "2.7900 1.4000 1.3900 3,240,000 61,440 20 pass a"
     assert status == 0 and " ".join(out.splitlines()[1].split()) == figures
-    assert "1.3900 bits per byte" in (tmp_path / "page.html").read_text()
+    assert "the best 1.3900 BPB" in (tmp_path / "page.html").read_text()
 
 
 def test_only_knobs_that_differ_are_shown(tmp_path):
@@ -272,9 +272,7 @@ def test_a_page_without_or_with_damaged_costs_says_so(tmp_path, rng, capsys):
 # ---- Report: pictures and the page
 
 
-def test_the_nets_bytes_are_split_as_recorded_or_as_its_parameters_are(tmp_path):
-    run = report.read_run(write_run(tmp_path, [*WHOLE[:-1], {**FINAL, "group_bytes": {"a": 7}}]))
-    assert report.net_groups(run, 100) == {"a": 7}
+def test_the_nets_bytes_are_split_as_its_parameters_are(tmp_path):
     run = report.read_run(write_run(tmp_path, WHOLE))
     assert report.net_groups(run, 100) == {"net": 100}
     shapes = {
@@ -318,6 +316,20 @@ def test_all_bytes_of_the_limit_are_drawn(tmp_path, monkeypatch):
     width = {more["label"]: args[1][0] for args, more in calls}
     assert width == {"code": 240_000, "net": 2_980_000, "packed text": 20_000, "left": 12_760_000}
     assert sum(width.values()) == 16_000_000
+    recorded = {**EXPORT, "group_bytes": {"a": 980_000, "b": 2_000_000}}
+    run = report.read_run(write_run(tmp_path / "c", [CONFIG, recorded]))
+    calls = drawn(monkeypatch, lambda: report.bytes_picture([run]))["barh"]
+    names = [more["label"] for _, more in calls]
+    assert names == ["code", "a", "b", "packed text", "left"] and calls[1][0][1] == [980_000]
+
+
+def test_without_matplotlib_there_is_a_table_and_a_line(tmp_path):
+    write_run(tmp_path / "logs" / "a", WHOLE)
+    hide = "import sys; sys.modules['matplotlib'] = None; sys.path.insert(0, sys.argv.pop(1))"
+    command = [sys.executable, "-c", f"{hide}; import report; sys.exit(report.main())", TOOLS]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 1 and "1.3900" in done.stdout
+    assert done.stderr == "error: the pictures need matplotlib: pip install matplotlib\n"
 
 
 def test_losses_are_drawn_at_their_tokens_and_seconds(tmp_path, monkeypatch):

@@ -8,6 +8,7 @@ model.safetensors (how large the net's parts are) where they exist. It needs num
 """
 
 import html
+import importlib.util
 import io
 import json
 import math
@@ -230,6 +231,8 @@ STYLE = {
 
 def draw(plot: Callable[[Any], Any], caption: str, **axis: Any) -> str:
     """An HTML figure of what `plot` draws; a gid "runN" is a class there; no ylabel: bars."""
+    if not importlib.util.find_spec("matplotlib"):
+        raise SystemExit("error: the pictures need matplotlib: pip install matplotlib")
     import matplotlib  # here, as the tables need none
     from matplotlib.figure import Figure
     from matplotlib.ticker import EngFormatter
@@ -273,16 +276,14 @@ def curves(runs: list[Run], name: str, by_tokens: bool) -> str:
 
     xlabel = "training tokens" if by_tokens else "seconds of training"
     what = "Thin: the logged steps, after a tenth of them. Dots: averaged weights, validation text."
-    what, ylabel = (what, "loss, nats per token") if kinds[1:] else ("", "learning rate / its peak")
-    return draw(plot, what, xlabel=xlabel, ylabel=ylabel)
+    what, y = (what, "loss, nats per token") if kinds[1:] else ("", "learning rate / its peak")
+    return draw(plot, what, xlabel=xlabel, ylabel=y)
 
 
 def net_groups(run: Run, net_bytes: int) -> dict[str, float]:
-    """The net's bytes by group of tensors: as recorded, else split as its parameters are."""
-    recorded, sizes = run.last("export", "final").get("group_bytes"), {}
-    if recorded:
-        return recorded
+    """The net's bytes by group of tensors, split as its parameters are."""
     try:
+        sizes: dict[str, int] = {}
         with open(run.folder / "model.safetensors", "rb") as file:
             header = json.loads(file.read(*struct.unpack("<Q", file.read(8))))
         for name in sorted(header.keys() - {"__metadata__"}):
@@ -300,8 +301,9 @@ def bytes_picture(runs: list[Run]) -> str:
     parts: list[dict[str, float]] = []
     for run in runs:
         made = run.last("export", "final")
-        net = net_groups(run, made["model_bytes"] - made["packed_bytes"])
-        parts.append({"code": made["code_bytes"], **net, "packed text": made["packed_bytes"],
+        net = made["model_bytes"] - made["packed_bytes"]
+        groups = made.get("group_bytes") or net_groups(run, net)
+        parts.append({"code": made["code_bytes"], **groups, "packed text": made["packed_bytes"],
                       "left": made["limit_bytes"] - made["total_bytes"]})  # fmt: skip
     names = dict.fromkeys(name for part in parts for name in part if name != "left")
     colour = dict(zip(names, SERIES + [MUTED] * len(names), strict=False)) | {"left": GRID}
@@ -316,8 +318,7 @@ def bytes_picture(runs: list[Run]) -> str:
         axes.figure.legend(loc="outside upper left", ncols=6)
         axes.figure.set_figwidth(11.4)
 
-    what = "Bytes of the net that are not recorded by group are split as its parameters are."
-    return draw(bars, what, xlabel="bytes")
+    return draw(bars, "The net's unrecorded bytes are split as its parameters.", xlabel="bytes")
 
 
 def cost_pictures(costs: Costs) -> str:
@@ -435,13 +436,12 @@ def run_section(run: Run, opened: bool) -> str:
     return f"<details{' open' * opened}><summary>{name}</summary>{text}</details>"
 
 
-def page(runs: list[Run], warnings: list[str]) -> str:
+def page(runs: list[Run]) -> str:
     """The whole page, which needs nothing else."""
     exported = [run for run in runs if "packed_bytes" in run.last("export", "final")]
-    best = runs[0].score()
     title = f"{len(runs)} run{'s' * (len(runs) != 1)}"
-    title += f", the best {best:.4f} bits per byte" if best < math.inf else ""
-    warned = "".join(f'<p class="note">{html.escape(text)}</p>' for text in warnings)
+    title += f", the best {runs[0].score():.4f} BPB" if runs[0].score() < math.inf else ""
+    warned = "".join(f'<p class="note">{html.escape(text)}</p>' for text in notes(runs))
     kinds = [("train_loss", True), ("train_loss", False)]
     kinds += [("lr_factor", True)] * any(run.curve("train", "lr_factor").size for run in runs)
     pictures = "".join(curves(runs, *kind) for kind in kinds)
@@ -474,7 +474,7 @@ def main(argv: list[str] | None = None) -> int:
     for text in notes(runs):
         print(textwrap.fill(f"note: {text}", 80))
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(page(runs, notes(runs)), encoding="utf-8", errors="replace")
+    args.out.write_text(page(runs), encoding="utf-8", errors="replace")
     print(f"pictures: {args.out}")
     return 0
 
