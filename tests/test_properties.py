@@ -300,9 +300,12 @@ def test_tensors_come_back_as_they_were_quantised(tensors, plain, weight_bits, e
 # --------------------------------------------------------------------------------------------------
 # The coder
 
-probabilities = st.one_of(st.integers(1, 65535), st.sampled_from([1, 2, 32768, 65534, 65535]))
-decisions = st.lists(st.tuples(probabilities, st.integers(0, 1)), max_size=500)
-runs = st.tuples(decisions, st.integers(1, 40)).map(lambda x: (x[0][:25] * x[1])[:800])
+bits = st.integers(0, 1)
+extreme = st.one_of(st.integers(1, 65535), st.sampled_from([1, 2, 32768, 65534, 65535]))
+mild = st.integers(256, 65280)
+decisions = st.lists(st.tuples(extreme, bits), max_size=500)
+decisions |= st.lists(st.tuples(mild, bits), max_size=500)
+repeated = st.tuples(decisions, st.integers(1, 40)).map(lambda x: (x[0][:25] * x[1])[:800])
 
 
 def pieces(total, sizes):
@@ -314,9 +317,13 @@ def pieces(total, sizes):
 
 
 @checked(max_examples=120)
-@given(decisions | runs, *[st.lists(st.integers(1, 90), min_size=1, max_size=4)] * 2)
+@given(decisions | repeated, *[st.lists(st.integers(1, 90), min_size=1, max_size=4)] * 2)
 def test_any_decisions_come_back_from_their_code(decided, written, read):
-    """However the two sides cut them; and the code is as long as the probabilities say."""
+    """However the two sides cut them; and the code is as long as the probabilities say.
+
+    It is never longer. It may be shorter where a decision is all but impossible: in a narrow
+    interval what is left for it is one number, which is more than its share.
+    """
     coder = t.Coder()
     for a, b in pieces(len(decided), written):
         ends = coder.room(b - a)
@@ -330,7 +337,9 @@ def test_any_decisions_come_back_from_their_code(decided, written, read):
         decoder.flush()
     assert out == [bit for _, bit in decided]
     bits = -math.fsum(math.log2((p if bit else 65536 - p) / 65536) for p, bit in decided)
-    assert abs(8 * len(code) - bits) <= 0.01 * bits + 16  # as exactly as a message has to be
+    assert 8 * len(code) <= 1.01 * bits + 16  # as exactly as a message has to be
+    if all(256 <= p <= 65280 for p, _ in decided):
+        assert 8 * len(code) >= 0.99 * bits - 16
 
 
 # --------------------------------------------------------------------------------------------------
@@ -566,10 +575,10 @@ numbers = st.sampled_from(["<f4", "<i4", "<u4", "<i8", "u1", "?", "<f2", "<u2"])
     )
 )  # fmt: skip
 key = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=6)
-trees = st.dictionaries(
-    key.filter(lambda kind: ":" not in kind), st.dictionaries(key, numbers, min_size=1, max_size=3),
-    min_size=1, max_size=3,
-)  # fmt: skip
+kinds = key.filter(lambda kind: ":" not in kind)  # a file has KIND:NAME
+tensor_names = st.one_of(key, st.builds("{}:{}".format, key, key))
+tensors = st.dictionaries(tensor_names, numbers, min_size=1, max_size=3)
+trees = st.dictionaries(kinds, tensors, min_size=1, max_size=3)
 counters = st.dictionaries(key, st.integers() | st.floats(allow_nan=False), max_size=4)
 json_facts = st.dictionaries(
     key.filter(lambda name: name != "counters"),
@@ -685,7 +694,9 @@ def decoder(tmp_path):
         known[1 : count + 1] = known[0]
         mixer.restore(state)
         nats = mixer.cost(known[1 : count + 1], logs, t.Coder(code))
-        return t.check_message(code, bits, nats, known, text)
+        line = t.check_message(code, bits, nats, known, text)
+        assert (known == text).all()
+        return line
 
     return ours, decode
 
@@ -724,6 +735,19 @@ def test_no_message_is_more_than_a_line(decoder, monkeypatch):
             assert one_line(error)
         outcomes[outcome] += 1
     assert all(outcomes.values()), outcomes
+
+
+@checked(max_examples=60)
+@given(st.binary(max_size=40))
+def test_a_code_of_any_bytes_is_read_as_it_is(decoder, code):
+    """Also one with the byte that ends the header."""
+    ours, _ = decoder
+    path = ours.path.with_name("message.bin")
+    header = path.read_bytes().partition(b"\n")[0]
+    for raw in (code, code + b"\n", b"\n" + code):
+        path.write_bytes(header + b"\n" + raw)
+        read, facts, line = ours.read_message()
+        assert (read, facts, line) == (raw, json.loads(header), "")
 
 
 def test_a_wrong_code_ends_a_real_scoring_in_a_line(decoder):
