@@ -395,6 +395,8 @@ def parse_value(field: dataclasses.Field, text: str) -> Any:
     if kind in (bool, str):
         return text == "1" if kind is bool else text
     try:
+        if not re.fullmatch(r"[-+.\w]+", text, re.ASCII) or "_" in text:
+            raise ValueError  # Python's own numbers may have spaces, _ and digits of any script
         value = kind(text)
     except ValueError:
         raise ValueError("must be a whole number" if kind is int else "must be a number") from None
@@ -412,7 +414,8 @@ def parse_env(env: dict[str, str]) -> tuple[dict[str, Any], list[str]]:
                 try:
                     values[field.name] = parse_value(field, env[name])
                 except ValueError as error:
-                    problems.append(f"{name}={env[name]}: {error}")
+                    text = env[name] if env[name].isprintable() else ascii(env[name])
+                    problems.append(f"{name}={text}: {error}")
     return values, problems
 
 
@@ -470,7 +473,7 @@ def knobs_from_env(
         cfg = dataclasses.replace(cfg, mixer="off", ngram_mixer_enabled=True)
     for field in dataclasses.fields(Knobs):
         need, _, value = field.metadata["needs"].partition("=")
-        if need and field.name.upper() in env and getattr(cfg, need.lower()) != value:
+        if need and env.get(field.name.upper()) and getattr(cfg, need.lower()) != value:
             has = getattr(cfg, need.lower())
             warnings.append(f"{field.name.upper()} has no effect with {need}={has}")
     problems += unknown + check_together(cfg)
@@ -519,7 +522,8 @@ def check_together(cfg: Knobs) -> list[str]:
         "NGRAM_ALPHA={ngram_alpha}: must be from 0 to 1, or auto":
             re.fullmatch(r"auto|0|1|0?\.\d+|[01]\.0*", cfg.ngram_alpha),
     }  # fmt: skip
-    return [rule.format(**vars(cfg)) for rule, holds in rules.items() if not holds]
+    values = {n: v if str(v).isprintable() else ascii(v) for n, v in vars(cfg).items()}
+    return [rule.format(**values) for rule, holds in rules.items() if not holds]
 
 
 def eval_shape(cfg: Knobs, mode: str = "standard") -> tuple[int, int]:
@@ -579,6 +583,11 @@ def errors_as_lines() -> Iterator[None]:
         if interrupts.waits and not interrupts.waits.done():
             os._exit(error.status)
         raise SystemExit(error.status) from None
+    except OSError as error:  # of a path whose name is too long, or that is somebody else's
+        name = f"{error.filename!a}: " if error.filename else ""
+        print(f"error: {name}{error.strerror or error}", file=sys.stderr, flush=True)
+        mistakes = (errno.ENAMETOOLONG, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.ELOOP)
+        raise SystemExit(2 if error.errno in mistakes else 1) from None
 
 
 if __name__ == "__main__":  # help and bad settings come before anything heavy is loaded
@@ -626,7 +635,7 @@ def open_blas(choice: str) -> dict[str, Any]:
             library = ctypes.CDLL(str(path))
             functions = {n: getattr(library, prefix + n) for n in ("cblas_sgemm", "cblas_dgemm")}
             set_threads = getattr(library, prefix + "openblas_set_num_threads")
-        except (OSError, AttributeError):
+        except (OSError, AttributeError, UnicodeError):
             continue
         addresses = {n: ctypes.cast(f, ctypes.c_void_p).value for n, f in functions.items()}
         return {"path": str(path), "addresses": addresses, "set_threads": set_threads}
@@ -2450,6 +2459,10 @@ def parse_artifact(path: Path, raw: bytes, code: bytes) -> Artifact:
             raise ValueError(f"{count} packed tokens")
         if leaf.max() >= 1 << max(vocab - 1, 1).bit_length() or len(np.unique(leaf)) < vocab:
             raise ValueError("two tokens at one leaf of the mixer's tree")
+        for level in range(max(vocab - 1, 1).bit_length()):
+            nodes = np.unique(leaf >> level)
+            if not np.isin(nodes & ~1, nodes).all():
+                raise ValueError("a node of the mixer's tree has a right side alone")
         packed = PackedText(leaf, count, str(digest), code)
         at += 2 * vocab
     return Artifact(header, tokenizer, unpack_tensors(header["tensors"], raw[at:]), packed)
@@ -2480,7 +2493,8 @@ def checked(arrays: Arrays, facts: str) -> str:
         array = np.array(arrays[name])
         if array.dtype == np.float32 and not np.isfinite(array).all():
             raise Diverged(f"{name} is not finite")
-        total = zlib.crc32(array.tobytes(), zlib.crc32(name.encode(), total))
+        what = f"{name} {array.dtype} {array.shape}"
+        total = zlib.crc32(array.tobytes(), zlib.crc32(what.encode(), total))
     return str(total)
 
 
@@ -2924,12 +2938,15 @@ class Trainer:
             weights = complementary_weights(self.bigrams[x, y], self.cfg.complement_alpha)
         workers = min(self.workers.count, len(self.microbatches))
         sums: list[tuple] = [()] * workers  # (loss, gradients) of each worker's microbatches so far
+        show = show_progress(f"step {self.step + 1}", unit="microbatches")
         for at in range(0, len(self.microbatches), workers):
             rows = self.microbatches[at : at + workers]
             batches = [tuple(mx.array(array[r]) for array in (x, y, weights)) for r in rows]
             jobs = [(self.params, *job) for job in zip(sums, batches, strict=False)]
             add = self.add_microbatch[quantised]
             sums[: len(jobs)] = self.workers.map(add, jobs, self.cfg.mlx_eager_eval)
+            if not LIVE:
+                show(at + len(rows), len(self.microbatches), "")
         if self.ranks.count > 1:
             sums = [self.ranks.mean(tree_map(lambda *parts: sum(parts), *sums))]
         loss = sum(loss.item() for loss, _ in sums)
@@ -2989,10 +3006,11 @@ class Trainer:
 
     def warm_up(self) -> None:
         """Compile and allocate by taking steps and going back to the state before them."""
-        before = self.state()
-        for _ in range(self.cfg.warmup_steps):
+        before, show = self.state(), show_progress("warm-up", unit="steps")
+        for i in range(self.cfg.warmup_steps):
             self.take_step()
             self.set_state(*before)
+            show(i + 1, self.cfg.warmup_steps, "")
         if self.cfg.late_qat_threshold and self.cfg.warmup_steps:
             self.gradients(quantised=True)
 
@@ -4604,6 +4622,8 @@ def net_rows(
     the same shape, and only scored positions reach the vocabulary head.
     """
     seq_len, stride, batch = shape
+    seq_len = min(seq_len, max(len(text) - 1, 1))
+    stride = min(stride, seq_len)
     forward = model.logits if on_cpu() else mx.compile(model.logits, inputs=model.state)
     (_, _, end), *rest = scoring_windows(len(text) - 1, seq_len, stride)
     for first, last in itertools.pairwise([0, *cuts, end]):
@@ -4727,7 +4747,7 @@ def check_message(
         raise AuditFailed("message", f"decoded token {wrong[0] - 1} is not the text's")
     decoded, size = float(nats[:, 2].sum()) / math.log(2), 8 * len(code)
     for claim in (decoded, bits):
-        if not abs(size - claim) <= 0.01 * claim + 16:  # nor is NaN a claim
+        if not (math.isfinite(claim) and abs(size - claim) <= 0.01 * claim + 16):
             raise AuditFailed("message", f"{size} bits for a claim of {claim:.1f}")
     return f"{len(nats)} tokens decoded from {len(code)} bytes, {decoded / 8:.1f} claimed"
 
@@ -4808,7 +4828,7 @@ class Scoring:
             header, _, code = path.read_bytes().partition(b"\n")
             facts = dict(json.loads(header))
             facts["bits"] = float(facts["bits"])
-        except (OSError, LookupError, ValueError, TypeError, RecursionError):
+        except (OSError, LookupError, ValueError, TypeError, RecursionError, OverflowError):
             raise UserError(f"{path}: not a message of this script: remove it") from None
         unlike = [k for k, fact in self.message_facts().items() if facts.get(k) != fact]
         if "artifact" in unlike:  # it is of an older one, and worth nothing
@@ -5084,6 +5104,8 @@ def activation_bytes(cfg: Knobs, vocab: int, tokens: int) -> int:
 def fit_memory(cfg: Knobs, vocab: int, env: dict[str, str]) -> tuple[Knobs, list[str]]:
     """Settings that the environment leaves open, lowered to what the memory holds; lines."""
     limit, lines = memory_limit(), []
+    if cfg.mixer == "logistic" and "MIXER_MEMORY_MB" in env and cfg.mixer_memory_mb << 20 > limit:
+        raise UserError(f"MIXER_MEMORY_MB={cfg.mixer_memory_mb}: there are {limit >> 20:,}")
     if "MIXER_MEMORY_MB" not in env and cfg.mixer_memory_mb << 20 > limit // 4:
         cfg = dataclasses.replace(cfg, mixer_memory_mb=max(limit // 4 >> 20, 1))
         lines.append(f"MIXER_MEMORY_MB={cfg.mixer_memory_mb}: a quarter of this machine's memory")
@@ -5301,6 +5323,10 @@ def train_run(
         size = tokenizer_path.stat().st_size
         check = functools.partial(check_text, cfg, loaded, data, tokenizer, tokenizer_path)
         text = ranks.in_turn(lambda: loaded if ranks.rank else check())
+        least = least_parameters(cfg, tokenizer.vocab)
+        if least * min(cfg.weight_bits, cfg.embed_bits) // 16 > ARTIFACT_LIMIT_BYTES:
+            raise UserError(f"MODEL_DIM, NUM_LAYERS, ENGRAM_HASH_SIZE ..: {least:,} parameters at "
+                            "least fit into no artifact: lower them")  # fmt: skip
         trainer = Trainer(GPT(cfg, tokenizer.vocab, tokenizer.bos), cfg, data, workers, ranks)
         for line in describe_training(trainer, text):
             report.line(line)

@@ -138,7 +138,7 @@ NO_SWITCHES += ["true", "True", "yes", "on", "off"]
 def test_a_choice_is_one_of_its_words(field):
     switch = type(field.default) is bool
     words = ["0", "1"] if switch else field.metadata["choices"]
-    partners = {"RUN_ID": "x", "DEVICE": "cpu"}  # for RESUME and PRESET
+    partners = {"RUN_ID": "x", "ARTIFACT": "x", "DEVICE": "cpu"}  # for RESUME, MODE, PRESET
     for name in names_of(field):
         for word in words:
             value = getattr(t.knobs_from_env({**partners, name: word})[0], field.name)
@@ -202,6 +202,7 @@ RULES = [  # settings that break a rule and no other, what is said, what keeps i
      "ENGRAM_N_HEADS=1 tables of ENGRAM_HASH_SIZE=32769 rows and ENGRAM_EMBED_DIM=4096 columns "
      "fit into no artifact", "ENGRAM_HASH_SIZE=32768"),
     ("RUN_ID=-x", "RUN_ID=-x: use letters, digits and . _ + = -, the first no sign", "RUN_ID=x-"),
+    ("MODE=score", "MODE=score needs ARTIFACT: which file?", "ARTIFACT=x"),
     ("RESUME=1", "RESUME=1 needs RUN_ID: which run should go on?", "RUN_ID=x"),
     ("NGRAM_ALPHA=1.01", "NGRAM_ALPHA=1.01: must be from 0 to 1, or auto", "NGRAM_ALPHA=1.00"),
 ]  # fmt: skip
@@ -228,7 +229,7 @@ def test_all_broken_rules_are_said_at_once():
     """All but the one that needs an empty RUN_ID, where another needs a wrong one."""
     broken = pairs("""MODEL_DIM=8191 NUM_HEADS=4 NUM_KV_HEADS=3 ROPE_DIMS=9 QK_GAIN_INIT=10
         TRAIN_BATCH_TOKENS=1 ITERATIONS=0 MAX_WALLCLOCK_SECONDS=0 ENGRAM_N_HEADS=16
-        ENGRAM_HASH_SIZE=65536 ENGRAM_EMBED_DIM=4096 RUN_ID=-x NGRAM_ALPHA=2""")
+        ENGRAM_HASH_SIZE=65536 ENGRAM_EMBED_DIM=4096 RUN_ID=-x NGRAM_ALPHA=2 MODE=score""")
     lines = problems_of(broken)
     assert len(lines) == len(set(lines)) == len({rule[1].split("=")[0] for rule in RULES}) - 1
     assert all(any(f"{name}={value}" in x for x in lines) for name, value in broken.items())
@@ -246,9 +247,10 @@ def test_every_knob_is_named_at_once():
 # Names
 
 
-@pytest.mark.parametrize("prefix, why", t.REMOVED, ids=[row[0] for row in t.REMOVED])
-def test_a_name_of_the_past_is_refused_with_its_reason(prefix, why):
-    name = f"{prefix}X" if prefix.endswith("_") else prefix
+@pytest.mark.parametrize(
+    "name, why", [(n, why) for names, why in t.NOT_KEPT for n in names.split()]
+)
+def test_a_name_that_is_not_kept_is_refused_with_its_reason(name, why):
     assert problems_of({name: "1"}) == [f"{name}: not a setting here: {why}; unset it"]
 
 

@@ -102,7 +102,7 @@ def test_seeds_and_epochs_have_orders_of_their_own(tmp_path):
 class Echo:
     """A net whose logits tell what it was given: 0, the input, the window's first, how many."""
 
-    bos, state = 0, ()
+    bos, state, tok_emb = 0, (), np.zeros((4, 1))
 
     def logits(self, x, last):
         x = np.array(x)
@@ -530,7 +530,7 @@ def any_knobs(draw):
     values = {name: draw(values_of(fields[name])) for name in sorted(names)}
     kv, group, half = (draw(st.integers(1, most)) for most in (6, 4, 60))
     values |= {"num_kv_heads": kv, "num_heads": kv * group, "model_dim": 2 * kv * group * half}
-    values |= {"model_dim": min(values["model_dim"], 8192), "run_id": "x"}
+    values |= {"model_dim": min(values["model_dim"], 8192), "run_id": "x", "eval_only": "x"}
     assume(values["model_dim"] % (2 * kv * group) == 0 and values["model_dim"] >= 8)
     head = values["model_dim"] // (kv * group)
     values["rope_dims"] = 2 * draw(st.integers(0, head // 2))
