@@ -885,6 +885,7 @@ class Tokenizer:
     bos: int
     dummy_prefix: bool
     sha256: str
+    text: bytes = b""  # of all pieces, one after the other; b"": unknown
 
     @property
     def vocab(self) -> int:
@@ -902,6 +903,27 @@ class Tokenizer:
         return count
 
 
+def lower_case() -> np.ndarray:
+    """Each byte's lower case if it is of a word, else 0: (256,) uint8.
+
+    Letters, digits, the apostrophe, and whatever is not ASCII are of words.
+    """
+    low = np.arange(256)
+    low[ord("A") : ord("Z") + 1] += 32
+    letter = (low >= 128) | (low == ord("'")) | np.isin(low, list(b"0123456789"))
+    letter |= (low >= ord("a")) & (low <= ord("z"))
+    return np.where(letter, low, 0).astype(np.uint8)
+
+
+def word_letters(tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarray]:
+    """Bytes of each piece as `lower_case` has them (V, longest) uint8, and how many (V,) int64."""
+    sizes = tokenizer.piece_bytes.astype(np.int64) * bool(tokenizer.text)
+    letters = np.zeros((tokenizer.vocab, int(sizes.max(initial=1))), np.uint8)
+    inside = np.arange(letters.shape[1]) < sizes[:, None]
+    letters[inside] = lower_case()[np.frombuffer(tokenizer.text, np.uint8)]
+    return letters, sizes
+
+
 def load_tokenizer(path: Path) -> Tokenizer:
     """Read a SentencePiece .model file. Raises UserError if it is none."""
     import sentencepiece
@@ -915,17 +937,19 @@ def load_tokenizer(path: Path) -> Tokenizer:
         raise UserError(f"TOKENIZER_PATH={path}: {len(ids)} pieces, more than 16-bit tokens hold")
     pieces = model.id_to_piece(ids)
     control = np.any([model.is_control(ids), model.is_unknown(ids), model.is_unused(ids)], axis=0)
-    size = [
-        0 if control[i] else 1 if model.is_byte(i) else len(p.replace("\u2581", " ").encode())
-        for i, p in enumerate(pieces)
-    ]
+    texts = [
+        b"" if control[i] else bytes([int(p[3:5], 16)]) if model.is_byte(i)
+        else p.replace("\u2581", " ").encode() for i, p in enumerate(pieces)
+    ]  # fmt: skip
+    size = np.array([len(text) for text in texts], np.uint16)
     leading = np.array([p.startswith("\u2581") for p in pieces]) & ~control
     if "\u2581" in model.decode(model.encode(" a  b")):
         raise UserError(f"TOKENIZER_PATH={path}: without a U+2581 piece a space becomes three "
                         "bytes: train one that has it")  # fmt: skip
     dummy = "".join(model.encode("a", out_type=str)).startswith("\u2581")  # in any script
     digest = file_sha256(path)
-    return Tokenizer(np.array(size, np.uint16), leading, control, model.bos_id(), dummy, digest)
+    facts = model.bos_id(), dummy, digest, b"".join(texts)
+    return Tokenizer(size, leading, control, *facts)
 
 
 def piece_texts(path: Path) -> list[str]:
@@ -2196,7 +2220,7 @@ def apply_gradients(
 # ==================================================================================================
 
 CLIP_RATIOS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65)
-MAGIC, FORMAT_VERSION = b"MLXGOLF1", 6
+MAGIC, FORMAT_VERSION = b"MLXGOLF1", 7
 # Magic, version, SHA-256 of the version and the rest, bytes of the compressed model.
 PREFIX = struct.Struct("<8sH32sQ")
 LZMA_MAGIC = b"\xfd7zXZ\0"  # no brotli stream of ours begins so
@@ -2347,9 +2371,11 @@ def serialise(artifact: Artifact, groups: dict[str, Group], cfg: Knobs) -> bytes
     header |= {"packed": [packed.token_count, packed.sha256]} if packed else {}
     facts = ("sha256", "bos", "vocab", "dummy_prefix")
     header["tokenizer"] = {name: getattr(tokenizer, name) for name in facts}
+    header["tokenizer"]["text"] = len(tokenizer.text)
     text = json.dumps(header).encode()
     flags = (tokenizer.leading + 2 * tokenizer.control).astype(np.uint8)
     tables = [tokenizer.piece_bytes.astype("<u2"), flags]
+    tables += [np.frombuffer(tokenizer.text, np.uint8)]
     tables += [packed.leaf.astype("<u2")] if packed else []
     return b"".join([struct.pack("<I", len(text)), text, *(a.tobytes() for a in tables), *blobs])
 
@@ -2450,8 +2476,14 @@ def parse_artifact(path: Path, raw: bytes, code: bytes) -> Artifact:
         raise ValueError(f"an overlap of {documents} documents")
     sizes = np.frombuffer(raw, "<u2", vocab, at)
     flags = np.frombuffer(raw, np.uint8, vocab, at + 2 * vocab)
-    tokenizer = Tokenizer(sizes, (flags & 1) > 0, (flags & 2) > 0, **facts)
-    packed, at = None, at + 3 * vocab
+    at += 3 * vocab
+    length = facts.pop("text")
+    if length not in (0, int(sizes.sum())) or length > len(raw) - at:
+        raise ValueError(f"{length} bytes of pieces, by the byte table {sizes.sum()}")
+    tokenizer = Tokenizer(
+        sizes, (flags & 1) > 0, (flags & 2) > 0, **facts, text=raw[at : at + length]
+    )
+    packed, at = None, at + length
     if "packed" in header:
         leaf = np.frombuffer(raw, "<u2", vocab, at).astype(np.int64)
         count, digest = header["packed"]
@@ -3548,8 +3580,10 @@ class Fixed(NamedTuple):
     token: np.ndarray  # (2^L,) int64: the token at a leaf, or -1
     inside: np.ndarray  # (2^(L+1),) int64: tokens below each node
     starts: np.ndarray  # (V,) bool: the piece starts a word
-    slot_rows: np.ndarray  # (SLOTS, 5) int64: see `context_rows`
-    candidate_rows: np.ndarray  # (CANDIDATES, 5) int64
+    letters: np.ndarray  # (V, longest) uint8: its bytes, see `lower_case`
+    sizes: np.ndarray  # (V,) int64: how many
+    slot_rows: np.ndarray  # (SLOTS, 7) int64: see `context_rows`
+    candidate_rows: np.ndarray  # (CANDIDATES, 7) int64
     first_row: np.ndarray  # (SETS,) int64: where each weight set's rows begin
     levels: int  # L
     bos: int  # token that starts a document
@@ -3575,7 +3609,10 @@ MARKS = np.dtype([
     ("match_at", np.int64),  # position of the token that the match expects
     ("match_length", np.int64),  # tokens, 0 if there is no match
     ("joined", np.int64),  # 1 once the net takes part
-    ("words", np.uint64, 2),  # hashes of the current word and the one before
+    ("trust", np.float32, 17),  # in judge 1 by level, once there are two: 0 .. 1
+    ("pieces", np.uint64, 2),  # hashes of the current word's pieces, and of the one's before
+    ("words", np.uint64, 4),  # hashes of lower-case words: see Context
+    ("letters", np.int64),  # of the word so far
 ])  # fmt: skip
 
 # --------------------------------------------------------------------------------------------------
@@ -3589,15 +3626,20 @@ MARKS = np.dtype([
 class Context(NamedTuple):
     """What a slot or candidate expert knows of the past.
 
-    tokens: bit k, 0 to 7, is set if token t-1-k counts. words: 1 the word so far, from the last
-    piece that starts one; 2 that and the word before. document: what was seen counts in it alone.
-    Rows of a table must differ in these three: experts with one key would share their cells.
-    chooses: the slot's count helps to choose a row of the last weight set, which it makes 8 times
+    tokens: bit k, 0 to 7, is set if token t-1-k counts; classes: if it counts by its class, the
+    first CLASS_LEVELS decisions of its path. pieces: 1 the word so far, from the last piece that
+    starts one; 2 that and the word before. words: in lower case, without punctuation; bit 0 is set
+    for the word so far, 1 for the one before, 2 for the one before that, 3 for the last of more
+    than three letters. document: what was seen counts in it alone.
+    Rows of a table must differ in these five: experts with one key would share their cells.
+    chooses: the slot's count helps to choose a row of the sixth weight set, which it makes 8 times
     larger; of no effect in candidates.
     """
 
     name: str
     tokens: int = 0
+    classes: int = 0
+    pieces: int = 0
     words: int = 0
     document: bool = False
     chooses: bool = False
@@ -3607,13 +3649,21 @@ SLOT_CONTEXTS = (
     Context("order 1", tokens=0b1),
     Context("order 2", tokens=0b11, chooses=True),
     Context("order 3", tokens=0b111, chooses=True),
-    Context("word", words=1, chooses=True),
-    Context("word pair", words=2),
+    Context("pieces of the word", pieces=1, chooses=True),
+    Context("pieces of two words", pieces=2),
     Context("document", document=True),
     Context("document, order 1", tokens=0b1, document=True),
     Context("document, order 2", tokens=0b11, document=True),
+    Context("token before the last", tokens=0b10),
+    Context("classes of three tokens", classes=0b111),
+    Context("word", words=0b1),
+    Context("word, the one before the last", words=0b101),
+    Context("word, last long one", words=0b1001),
+    Context("document, word", words=0b1, document=True),
+    Context("document, word pair", words=0b11, document=True),
 )
 CANDIDATE_CONTEXTS = (Context("candidates, order 4", tokens=0b1111),)
+CLASS_LEVELS = 5
 SLOTS, CANDIDATES = len(SLOT_CONTEXTS), len(CANDIDATE_CONTEXTS)
 SLOT_MAP_CELLS, CANDIDATE_MAP_CELLS, MATCH_MAP_CELLS = 512, 200, 128  # per expert and level
 KINDS = (  # experts; inputs of a decision; cells of their maps per level
@@ -3627,14 +3677,14 @@ CANDIDATE_INPUT, MATCH_INPUT, NET = itertools.accumulate(kind[1] for kind in KIN
 CANDIDATE_MAP, MATCH_MAP, MAP_CELLS = itertools.accumulate(kind[2] for kind in KINDS)
 BIAS = NET + 1
 WIDTH = -(-(BIAS + 1) // 8) * 8  # inputs, padded for vector instructions
-SETS = 6  # weight sets, see `choose_rows`
+SETS = 9  # weight sets, see `choose_rows`
 WORK = np.dtype([  # `now`: first what is known of a token, then of one of its decisions
     ("last", np.int64),  # token t-1
     ("second_last", np.int64),  # token t-2
     ("age", np.int64),  # logarithm, to the base 4, of the document's length so far: 0 .. 7
     ("expected", np.int64),  # node of the leaf that the match expects, or -1
     ("judges", np.int64),  # 1, or 2 with the net
-    ("cost", np.float64, 2),  # nats of the path so far, per judge
+    ("cost", np.float64, 3),  # nats of the path so far, per judge and by what is coded
     ("slot_keys", np.uint64, SLOTS),  # hash of each expert's context
     ("slot_hashes", np.uint64, SLOTS),  # hash of that and of the node where the slot begins
     ("slot", np.int64, SLOTS),  # row of `slots`
@@ -3652,7 +3702,7 @@ WORK = np.dtype([  # `now`: first what is known of a token, then of one of its d
     ("mixed", np.float32, 2),  # mixed logit per judge, within 11.9 of 0
     ("apm_rows", np.int64, 2),  # the rows of `apm` that refine it
     ("apm_column", np.int64, 2),  # the column that learns, per judge
-    ("p", np.int64, 2),  # probability of a 1 in 65,536ths, per judge
+    ("p", np.int64, 3),  # probability of a 1 in 65,536ths, per judge; the last is coded
 ])  # fmt: skip
 
 # --------------------------------------------------------------------------------------------------
@@ -3794,9 +3844,11 @@ WAYS = 4  # rows of a table in which a key may be: 4 slots are a cache line
 
 
 def context_rows(contexts: tuple[Context, ...], regions: tuple[tuple, tuple]) -> np.ndarray:
-    """Contexts -> (n, 5) int64 for kernels: tokens, words, document, first row and rows of the
-    table's region; regions: (first row, rows) for others, for documents."""
-    rows = [(c.tokens, c.words, c.document, *regions[c.document]) for c in contexts]
+    """Contexts -> (n, 7) int64 for kernels: tokens, classes, pieces, words, document, first row
+    and rows of the table's region; regions: (first row, rows) for others, for documents."""
+    rows = [
+        (c.tokens, c.classes, c.pieces, c.words, c.document, *regions[c.document]) for c in contexts
+    ]
     return np.array(rows, np.int64)
 
 
@@ -3810,16 +3862,23 @@ def recent_token(fixed, past, back):
 
 @bare_kernel
 def context_keys(fixed, past, rows, keys):
-    """Write the 64-bit key (n,) of each context's row (n, 5): it is of the past alone."""
+    """Write the 64-bit key (n,) of each context's row (n, 7): it is of the past alone."""
+    marks, above = past.marks[0], max(fixed.levels - CLASS_LEVELS, 0)
     for a in range(len(rows)):
         row = rows[a]
-        h = mix_hash(np.uint64(1 << 40), row[0] | row[1] << 8 | row[2] << 12)
+        h = mix_hash(np.uint64(1 << 40), row[0] | row[1] << 8 | row[2] << 16 | row[3] << 20)
+        h = mix_hash(h, row[4])
         for back in range(8):
             if row[0] >> back & 1:
                 h = mix_hash(h, recent_token(fixed, past, back + 1))
-        for k in range(row[1]):
-            h = mix_hash(h, past.marks[0].words[k])
-        keys[a] = mix_hash(h, past.marks[0].document) if row[2] else h
+            if row[1] >> back & 1:
+                h = mix_hash(h, fixed.leaf[recent_token(fixed, past, back + 1)] >> above)
+        for k in range(row[2]):
+            h = mix_hash(h, marks.pieces[k])
+        for k in range(4):
+            if row[3] >> k & 1:
+                h = mix_hash(h, marks.words[k])
+        keys[a] = mix_hash(h, marks.document) if row[4] else h
 
 
 @bare_kernel
@@ -3832,7 +3891,7 @@ def touch_rows(table, rows, keys, node, hashes, at):
     total = np.int64(0)
     for a in range(len(rows)):
         h = hashes[a] = mix_hash(keys[a], node)
-        place = rows[a, 3] + ((np.int64(h & np.uint64(0xFFFFFFFF)) * rows[a, 4]) >> 32)
+        place = rows[a, 5] + ((np.int64(h & np.uint64(0xFFFFFFFF)) * rows[a, 6]) >> 32)
         at[a] = place & ~(WAYS - 1)
         total += np.int64(table[at[a], 0])
     return total
@@ -3861,17 +3920,35 @@ def find_rows(table, hashes, at, used, blank):
 
 @bare_kernel
 def learn_text(fixed, past, token):
-    """Append a token to the history, the document and the word."""
+    """Append a token to the history, the document and the words."""
     marks = past.marks[0]
-    words = marks.words
+    pieces = marks.pieces
     past.history[marks.tokens] = token
     if token == fixed.bos:
-        marks.document, words[0], words[1] = marks.tokens, 1 << 50, 1 << 50
+        marks.document, pieces[0], pieces[1] = marks.tokens, 1 << 50, 1 << 50
+        marks.words[:] = 0
+        marks.letters = 0
     elif fixed.starts[token]:
-        words[1], words[0] = words[0], mix_hash(np.uint64(5 << 40), token)
+        pieces[1], pieces[0] = pieces[0], mix_hash(np.uint64(5 << 40), token)
     else:
-        words[0] = mix_hash(words[0], token)
+        pieces[0] = mix_hash(pieces[0], token)
     marks.tokens += 1
+    for k in range(fixed.sizes[token]):
+        learn_letter(marks, fixed.letters[token, k])
+
+
+@bare_kernel
+def learn_letter(marks, letter):
+    """Go on with the word in lower case, or end it: where `letter` is 0."""
+    words = marks.words
+    if letter:
+        words[0] = mix_hash(words[0] + np.uint64(1), letter)
+        marks.letters += 1
+    elif words[0]:
+        if marks.letters > 3:
+            words[3] = words[0]
+        words[2], words[1], words[0] = words[1], words[0], np.uint64(0)
+        marks.letters = 0
 
 
 # --------------------------------------------------------------------------------------------------
@@ -4025,13 +4102,18 @@ CHOOSERS = tuple(a for a, context in enumerate(SLOT_CONTEXTS) if context.chooses
 # The rate is FIRST_RATE / (1 + FADE * visits of the row), at least LAST_RATE.
 FIRST_RATE, LAST_RATE, FADE = np.float32(0.005), np.float32(0.0002), np.float32(0.003)
 FIRST_WEIGHT, BIAS_INPUT = 0.15, 0.3  # summed over the sets; logit
+LEAST_TRUST = np.float32(0.02)
 NET_WEIGHT, OTHERS = np.float32(0.3), np.float32(0.75)  # when the net joins: its weight, theirs
+
+
+CLASS_ROWS, WORD_ROWS = 1 << 15, 1 << 17  # of two sets whose choices are many: some share a row
 
 
 def set_sizes(levels: int) -> list[int]:
     """Rows of each weight set, in the order of `choose_rows`."""
     leaves = 1 << levels
-    return [leaves, leaves, 8 * leaves, 8 * leaves, levels * (SLOTS + 1), 8 ** len(CHOOSERS)]
+    known = [leaves, leaves, 8 * leaves, 8 * leaves, levels * (SLOTS + 1), 8 ** len(CHOOSERS)]
+    return [*known, 16 * levels, CLASS_ROWS, WORD_ROWS]
 
 
 @bare_kernel
@@ -4046,6 +4128,10 @@ def choose_rows(fixed, past, now):
     rows[3] = now.age * len(fixed.token) + now.node
     rows[4] = now.level * (SLOTS + 1) + now.seen
     rows[5] = counts
+    marks, above = past.marks[0], max(fixed.levels - CLASS_LEVELS, 0)
+    rows[6] = min(marks.letters, 15) * fixed.levels + now.level
+    rows[7] = ((fixed.leaf[now.last] >> above) * len(fixed.token) + now.node) % CLASS_ROWS
+    rows[8] = np.int64(mix_hash(marks.words[0], now.level) >> np.uint64(24)) % WORD_ROWS
     for k in range(SETS):
         rows[k] += fixed.first_row[k]
 
@@ -4091,7 +4177,7 @@ def join_net(past: Past) -> None:
         table[1] = table[0]
     past.weights[1] *= OTHERS
     past.weights[1, :, NET] = NET_WEIGHT / SETS
-    past.marks["joined"] = 1
+    past.marks["joined"], past.marks["trust"] = 1, 0.5
 
 
 # --------------------------------------------------------------------------------------------------
@@ -4237,13 +4323,36 @@ def predict_bit(fixed, past, now, mass):
     for judge in range(now.judges):
         now.mixed[judge] = mixed_logit(past, now, judge)
         now.p[judge] = refined(fixed, past, now, judge)
+    now.p[2] = now.p[0]
+    if now.judges == 2:
+        trust = past.marks[0].trust[now.level]
+        p = trust * np.float32(now.p[1]) + (np.float32(1) - trust) * np.float32(now.p[0])
+        now.p[2] = min(max(np.int64(p + np.float32(0.5)), 1), 65535)
+
+
+@bare_kernel
+def learn_trust(past, now, bit):
+    """Bayes' rule: the judge that expected the bit is trusted more, and neither ever left alone.
+
+    So the net costs next to nothing where the contexts know better.
+    """
+    a, b = np.float32(now.p[0]), np.float32(now.p[1])
+    if bit == 0:
+        a, b = np.float32(65536) - a, np.float32(65536) - b
+    trust = past.marks[0].trust
+    b *= trust[now.level]
+    now_trusted = b / (b + a * (np.float32(1) - trust[now.level]))
+    trust[now.level] = min(max(now_trusted, LEAST_TRUST), np.float32(1) - LEAST_TRUST)
 
 
 @bare_kernel
 def learn_bit(fixed, past, now, bit):
     """Charge the bit, which is coded by now, and learn from it."""
+    for k in range(3):
+        now.cost[k] -= math.log((now.p[k] if bit else 65536 - now.p[k]) / 65536)
+    if now.judges == 2:
+        learn_trust(past, now, bit)
     for judge in range(now.judges):
-        now.cost[judge] -= math.log((now.p[judge] if bit else 65536 - now.p[judge]) / 65536)
         learn_weights(fixed, past, now, judge, bit)
         learn_apm(fixed, past, now, judge, bit)
     learn_maps(fixed, past, now, bit)
@@ -4266,7 +4375,7 @@ def code_path(fixed, past, now, mass, coder, leaf):
         if fixed.inside[2 * now.node + 1]:  # else no token is there: nothing to decide
             predict_bit(fixed, past, now, mass)
             bit = leaf >> (fixed.levels - level - 1) & 1
-            bit = code_bit(coder, now.p[now.judges - 1], bit)
+            bit = code_bit(coder, now.p[2], bit)
             learn_bit(fixed, past, now, bit)
         now.node, now.cell_at = 2 * now.node + bit, 2 * now.cell_at + bit
     return now.node - len(fixed.token)
@@ -4288,7 +4397,7 @@ def code_tokens(mixer, coder, tokens, rows, nats):
             net_masses(fixed, mass, rows[i])
         leaf = code_path(fixed, past, now, mass, coder, fixed.leaf[tokens[i]])
         token = tokens[i] = fixed.token[leaf]
-        nats[i, 0], nats[i, 1] = now.cost[0], now.cost[judges - 1]
+        nats[i, 0], nats[i, 1] = now.cost[0], now.cost[2]
         learn_candidates(past, now, leaf)
         learn_text(fixed, past, token)
         learn_match(past, token)
@@ -4306,7 +4415,7 @@ def table_rows(memory_mb: int) -> tuple[int, int, int]:
 
 def new_fixed(tokenizer: Tokenizer, leaf: np.ndarray, memory_mb: int) -> Fixed:
     """The tables and the tree of a mixer."""
-    levels = max(tokenizer.vocab - 1, 1).bit_length()
+    levels, (letters, sizes) = max(tokenizer.vocab - 1, 1).bit_length(), word_letters(tokenizer)
     slots, local, found = table_rows(memory_mb)
     token = np.full(1 << levels, -1, np.int64)
     token[leaf] = np.arange(tokenizer.vocab)
@@ -4315,6 +4424,7 @@ def new_fixed(tokenizer: Tokenizer, leaf: np.ndarray, memory_mb: int) -> Fixed:
         inside[node] = inside[2 * node] + inside[2 * node + 1]
     return Fixed(
         **mixer_tables(), leaf=leaf, token=token, inside=inside, starts=tokenizer.leading,
+        letters=letters, sizes=sizes,
         slot_rows=context_rows(SLOT_CONTEXTS, ((local, slots - local), (0, local))),
         candidate_rows=context_rows(CANDIDATE_CONTEXTS, ((0, found), (0, found))),
         first_row=np.cumsum([0, *set_sizes(levels)[:-1]]), levels=levels, bos=max(tokenizer.bos, 0),
@@ -4325,10 +4435,10 @@ def new_past(levels: int, capacity: int, memory_mb: int) -> Past:
     """What a mixer knows that has seen nothing, with room for `capacity` tokens."""
     slots, _, found = table_rows(memory_mb)
     meanings = np.concatenate([first_slot_maps(), first_candidate_maps(), first_match_maps()])
-    hashed = min(1 << 14, memory_mb << 10)
+    hashed = min(1 << 16, memory_mb << 10)
     repeats = min(1 << 24, 1 << max(memory_mb << 13, 64).bit_length())
     marks = np.zeros(1, MARKS)
-    marks["words"] = 1 << 50
+    marks["pieces"] = 1 << 50
     return Past(
         slots=huge_zeros(8 * slots, np.uint16).reshape(-1, 8),
         candidates=huge_zeros(8 * found, np.uint32).reshape(-1, 8),
@@ -4406,9 +4516,17 @@ class LogisticMixer(ContextModel):
         return hashlib.sha256(self.state.history[: self.learned].astype("<i4")).hexdigest()
 
     def restore(self, saved: tuple[np.ndarray, ...]) -> None:
-        """Go back to what `save` returned, in place: the tables stay where they are."""
-        for mine, its in zip(self.state, saved, strict=True):
-            np.copyto(mine, its)
+        """Go back to what `save` returned, in place: the tables stay where they are.
+
+        Of the weights, which are by far the most, only the rows that have learned since are copied.
+        """
+        its, mine = Past(*saved), self.state
+        joined = (mine.marks["joined"] != its.marks["joined"]).any()  # that changes them all
+        moved = slice(None) if joined else np.nonzero(mine.visits != its.visits)
+        mine.weights[moved] = its.weights[moved]
+        for old, new in zip(its, mine, strict=True):
+            if new is not mine.weights:
+                np.copyto(new, old)
 
 
 def new_context_model(
