@@ -486,7 +486,7 @@ def check_kept(kept: dict[str, str], path: Path) -> None:
     """Raises UserError unless the settings in an artifact's header are what this script keeps."""
     values, problems = parse_env({name: str(value) for name, value in kept.items()})
     names = {name.upper() for name in knobs_of(Knobs(), *KEPT_SCOPES)}
-    strange = [name for name, value in kept.items() if name not in names or value == ""]
+    strange = [n for n, v in kept.items() if n not in names or v == "" or not isinstance(v, str)]
     problems += [
         f"{name}: this script keeps none: use the one that made the file" for name in strange
     ]

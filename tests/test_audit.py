@@ -224,8 +224,11 @@ def _(score, *args):
 # The net's part in the mix depends on whether it is right.
 @cheat("gate sees the target, logistic", LOGISTIC, "normalisation", "mixed", COSTS[0])
 def _(score, mixer, tokens, logs, *coder):
-    right = logs.argmax(axis=1) == tokens
-    heard = np.where(right[:, None], t.log_softmax(2 * logs), logs)
+    at = np.arange(len(tokens))
+    right = logs[at, tokens] > np.median(logs, axis=1)
+    loud = logs.copy()
+    loud[at, tokens] += 4
+    heard = np.where(right[:, None], t.log_softmax(loud), logs)
     out = score(mixer, tokens, heard, *coder)
     out[:, 0] = t.net_nats(tokens, logs)
     return out

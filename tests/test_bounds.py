@@ -48,9 +48,14 @@ def problems_of(env):
     return []
 
 
+def shown(text):
+    """A value in one line."""
+    return text if text.isprintable() else ascii(text)
+
+
 def refused(name, text, why):
     """Exactly one line, which names the knob, what it was set to and what would be right."""
-    assert problems_of({name: text}) == [f"{name}={text}: {why}"]
+    assert problems_of({name: text}) == [f"{name}={shown(text)}: {why}"]
 
 
 def names_of(field):
@@ -97,7 +102,7 @@ def test_what_is_just_beyond_a_bound_is_refused(field, side):
 
 
 NO_NUMBERS = ["x", " ", "\t", "''", "1,5", "1 2", "--1", "+-1", "1__0", "_1", "1_", "½", "²"]
-NO_NUMBERS += ["0x10", "1e", ".", "None", "True"]
+NO_NUMBERS += ["0x10", "1e", ".", "None", "True", " 1", "1\n", "1\n2", "1_000", "٣", "1\u2028"]
 NO_WHOLE_NUMBERS = ["1.5", "1.0", "1e3", "1e400", "nan", "inf", "-inf", "9" * 5000]
 NO_FINITE_NUMBERS = ["nan", "-nan", "inf", "-inf", "infinity", "1e400", "-1e400"]
 
@@ -112,9 +117,7 @@ def test_what_is_no_number_is_refused(field):
             refused(name, text, f"must be from {limits}")
 
 
-@pytest.mark.parametrize(
-    "text", ["-0", "-0.0", "+5", "007", " 1", "1\t", "1_000", "٣", "0.٥", "1e0"]
-)
+@pytest.mark.parametrize("text", ["-0", "-0.0", "+5", "007", "1\t", "0.٥", "1e0"])
 def test_an_odd_number_is_refused_or_kept_as_a_plain_one(text):
     """What an artifact then says of it is what everybody would have written."""
     for field in NUMBERS:
@@ -179,7 +182,7 @@ def test_a_text_is_taken_as_it_is(field):
         assert getattr(t.knobs_from_env(env)[0], field.name) == text
     for text in wrong + [" ", "a b", "\t"] * bool(wrong):
         (line,) = problems_of({name: text})
-        assert line.startswith(f"{name}={text}: ")
+        assert line.startswith(f"{name}={shown(text)}: ")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -319,7 +322,8 @@ def test_a_clock_ends_steps_without_end(clock, dataset, tmp_path):
         ("PACK_TEXT_BYTES=1000000000000000000 MIXER=logistic", 2,
          "PACK_TEXT_BYTES=1000000000000000000: script and net leave about"),
         ("TRAIN_SEQ_LEN=65536 TRAIN_BATCH_TOKENS=67108864", 2, "no window of TRAIN_SEQ_LEN=65536"),
-        ("ENGRAM_HASH_SIZE=65536 ENGRAM_EMBED_DIM=128", 1, "over the limit of 16,000,000"),
+        ("ENGRAM_HASH_SIZE=65536 ENGRAM_EMBED_DIM=128", 2, "parameters at least fit into no"),
+        ("MODEL_DIM=8192 NUM_HEADS=64 NUM_KV_HEADS=64", 2, "fit into no artifact"),
         ("NUM_LAYERS=96 MODEL_DIM=160", 1, "over the limit of 16,000,000"),
         ("VOCAB_SIZE=65536", 2, "VOCAB_SIZE=65536, but the tokenizer has 300"),
     ],
