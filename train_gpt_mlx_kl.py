@@ -484,9 +484,9 @@ def knobs_from_env(
 
 def check_kept(kept: dict[str, str], path: Path) -> None:
     """Raises UserError unless the settings in an artifact's header are what this script keeps."""
-    values, problems = parse_env({name: str(value) for name, value in kept.items()})
     names = {name.upper() for name in knobs_of(Knobs(), *KEPT_SCOPES)}
     strange = [n for n, v in kept.items() if n not in names or v == "" or not isinstance(v, str)]
+    values, problems = parse_env({n: v for n, v in kept.items() if n not in strange})
     problems += [
         f"{name}: this script keeps none: use the one that made the file" for name in strange
     ]
@@ -1464,7 +1464,7 @@ def show_progress(label: str, every_s: float = 10.0, unit: str = "tokens") -> Pr
     compiled or allocated at the start.
     """
     begin: list[float] = []  # when the first part was done, and how much that was
-    due = time.perf_counter() + min(every_s, 5.0)
+    due = time.perf_counter() + every_s / 2
 
     def show(done: int, total: int, note: str) -> None:
         nonlocal due
