@@ -3542,20 +3542,21 @@ class BackoffMixer(ContextModel):
 # match expert finds where the last tokens occurred before, and expects what followed there.
 # THE MAPS. What an expert says need not be true. A MAP has a cell for everything that an expert can
 # say (22 bits of probability, 10 of count), which learns how often a 1 followed when it was said.
-# THE MIX. The inputs are logits, ln(p / (1 - p)). Their weights are the sum of six rows, one out of
+# THE MIX. The inputs are logits, ln(p / (1 - p)). Their weights are the sum of nine rows, one out of
 # each WEIGHT SET; a set chooses its row by what is known, e.g. by the node, or by the last token.
 # The mixed logit is refined by two APMs, maps of it. Two JUDGES do this side by side, each with
-# weights and maps of its own: judge 0 hears the contexts alone, judge 1 the net as well.
+# weights and maps of its own: judge 0 hears the contexts alone, judge 1 the net as well. What is
+# coded is the mean of their probabilities, weighted by Bayes' rule: who was right counts for more.
 #
 # ONE DECISION. The path so far is left, then right: bits 0 1. The node is 5 and the level 2. The
 # slot of "order 2" was found at level 0; its cell 5 holds logit 2.0 (2,560: 256ths from -8) and
 # count 3.
 #  1. The expert's inputs are 2.0 and, from the map's cell for count 3 and logit 2.0, say 1.6.
 #     The net's input is the logit of its mass below node 11 over its mass below node 5.
-#  2. Six rows of weights, added and multiplied by the inputs, give the mixed logit 1.2: p = 0.77.
+#  2. Nine rows of weights, added and multiplied by the inputs, give the mixed logit 1.2: p = 0.77.
 #     The two refining maps say 0.80 for such a logit, so p = (0.77 + 0.80) / 2 = 0.785.
 #  3. The bit is 1. The coder keeps the lower 0.785 of its interval; that costs 0.35 bits.
-#  4. Learning: the six rows move along the inputs by a rate times the error 1 - 0.77. The cells of
+#  4. Learning: the nine rows move along the inputs by a rate times the error 1 - 0.77. The cells of
 #     all maps that were asked move towards 1 by 1 / (count + 1.5) of the way. So does the slot's
 #     cell, from p = 0.88 to 0.91: its logit is then 2.28, its count 4. The node is now 11.
 #
