@@ -3542,7 +3542,7 @@ class BackoffMixer(ContextModel):
 # match expert finds where the last tokens occurred before, and expects what followed there.
 # THE MAPS. What an expert says need not be true. A MAP has a cell for everything that an expert can
 # say (22 bits of probability, 10 of count), which learns how often a 1 followed when it was said.
-# THE MIX. The inputs are logits, ln(p / (1 - p)). Their weights are the sum of nine rows, one out of
+# THE MIX. The inputs are logits, ln(p / (1 - p)). Their weights are the sum of nine rows, one of
 # each WEIGHT SET; a set chooses its row by what is known, e.g. by the node, or by the last token.
 # The mixed logit is refined by two APMs, maps of it. Two JUDGES do this side by side, each with
 # weights and maps of its own: judge 0 hears the contexts alone, judge 1 the net as well. What is
