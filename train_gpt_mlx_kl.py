@@ -4934,7 +4934,7 @@ class Scoring:
             "artifact": file_sha256(self.path),
             "text": hashlib.sha256(first).hexdigest(),
             "tokens": count,
-            "window": eval_shape(self.cfg)[0],
+            "window": min(eval_shape(self.cfg)[0], len(self.text.tokens) - 1),
             "machine": [*machine, self.workers.count, cpu_cores()],
         }
 
