@@ -186,9 +186,9 @@ LIVE: list[Any] = []  # the terminal's live line (tqdm), while there is one
 
 
 def say(text: str) -> None:
-    """Print a line; a terminal wraps it. Where nobody can read it, the program is asked to end."""
+    """Print a line, wrapped on a terminal. Where nobody reads it, the program is asked to end."""
     try:
-        if sys.stdout.isatty():
+        if sys.stdout.isatty() and " python " not in text:  # a command is to be copied whole
             width = shutil.get_terminal_size().columns
             text = textwrap.fill(text, max(width, 40), subsequent_indent="    ",
                                  break_long_words=False, break_on_hyphens=False)  # fmt: skip
@@ -247,7 +247,7 @@ class Knobs:
     max_wallclock_seconds: float = knob(600.0, "seconds of training at most; 0: no limit", "run")
     warmup_steps: int = knob(20, "steps thrown away before the clock starts", "run", hi=10_000)
     warmdown_iters: int = knob(3500, "last steps, over which the learning rate falls to 0", "run")
-    warmdown_frac: float = knob(0.5, "share of the run that they are at most; 0: any", "run", hi=1)
+    warmdown_frac: float = knob(0.0, "share of the run that they are at most; 0: any", "run", hi=1)
     train_log_every: int = knob(200, "steps between train lines; 0: none", "run")
     grad_accum_steps: int = knob(8, "microbatches per step and worker, at least", "run", lo=1)
     mlx_max_microbatch_tokens: int = knob(8192, "tokens per microbatch, at most", "run", lo=1)
@@ -282,7 +282,9 @@ class Knobs:
     muon_momentum_warmup_steps: int = knob(500, "Muon: steps until the full momentum", "train")
     muon_weight_decay: float = knob(0.0, "Muon: decoupled, times the learning rate", "rate")
     grad_clip_norm: float = knob(0.0, "largest norm of a step's gradient; 0: any", "rate")
-    skip_bad_steps: int = knob(0, "steps without a finite gradient that may be left out", "rate")
+    skip_bad_steps: int = knob(
+        0, "bad steps, not finite or blind again, that may be left out", "rate"
+    )
     ema_decay: float = knob(0.997, "EMA of the weights, per step; 0: none", "train", hi=0.99999)
     ema_start_frac: float = knob(0.5, "progress at which averaging starts", "train", hi=1)
     use_swa: bool = knob(False, "the plain mean from EMA_START_FRAC on, in EMA's place", "train")
@@ -333,20 +335,20 @@ class Knobs:
 
 PRESETS = {
     "cpu": """ITERATIONS=1000000 MAX_WALLCLOCK_SECONDS=110 TRAIN_BATCH_TOKENS=2048
-        GRAD_ACCUM_STEPS=1 TRAIN_SEQ_LEN=256 WARMUP_STEPS=1 WARMDOWN_ITERS=150 TRAIN_LOG_EVERY=50
-        NUM_LAYERS=4 MODEL_DIM=192 NUM_HEADS=3 NUM_KV_HEADS=1 MLP_MULT=2 XSA_LAST_N=0
-        ENGRAM_EMBED_DIM=64 MATRIX_LR=0.02 HASH_LR=0.15 MUON_MOMENTUM_WARMUP_STEPS=200
+        GRAD_ACCUM_STEPS=1 TRAIN_SEQ_LEN=256 WARMUP_STEPS=1 WARMDOWN_ITERS=150 WARMDOWN_FRAC=0.5
+        TRAIN_LOG_EVERY=50 NUM_LAYERS=4 MODEL_DIM=192 NUM_HEADS=3 NUM_KV_HEADS=1 MLP_MULT=2
+        XSA_LAST_N=0 ENGRAM_EMBED_DIM=64 MATRIX_LR=0.02 HASH_LR=0.15 MUON_MOMENTUM_WARMUP_STEPS=200
         EMA_DECAY=0.98 WEIGHT_BITS=8 EVAL_STRIDE=128 NGRAM_ALPHA=auto PACK_TEXT_BYTES=1000000
         VAL_MAX_TOKENS=1048576""",
     "mac": """TRAIN_BATCH_TOKENS=32768 GRAD_ACCUM_STEPS=1 NUM_LAYERS=9 MLP_MULT=2
         ENGRAM_HASH_SIZE=4096 ENGRAM_EMBED_DIM=128 WARMUP_STEPS=2 WARMDOWN_ITERS=300
-        MUON_MOMENTUM_WARMUP_STEPS=200 EMA_DECAY=0.98 TRAIN_LOG_EVERY=20
+        WARMDOWN_FRAC=0.5 MUON_MOMENTUM_WARMUP_STEPS=200 EMA_DECAY=0.98 TRAIN_LOG_EVERY=20
         EVAL_STRIDE=512 NGRAM_ALPHA=auto VAL_MAX_TOKENS=4194304""",
     "h100": """NUM_LAYERS=10 MLP_MULT=2 ENGRAM_EMBED_DIM=64 NGRAM_ALPHA=auto GRAD_ACCUM_STEPS=1
-        MLX_MAX_MICROBATCH_TOKENS=65536""",
+        WARMDOWN_FRAC=0.5 MLX_MAX_MICROBATCH_TOKENS=65536""",
     "baseline": """NUM_LAYERS=9 MLP_MULT=2 MLP_LEAK=0 ROPE_DIMS=0 XSA_LAST_N=0 LN_SCALE_ENABLED=0
         USE_ORTHO_INIT=0 USE_SMEARGATE=0 ENGRAM_LITE_ENABLED=0 BIGRAM_HASH_SIZE=0
-        COMPLEMENT_ALPHA=0 WARMDOWN_ITERS=1200 WARMDOWN_FRAC=0 EMA_DECAY=0 WEIGHT_BITS=7 MIXER=off
+        COMPLEMENT_ALPHA=0 WARMDOWN_ITERS=1200 EMA_DECAY=0 WEIGHT_BITS=7 MIXER=off
         EVAL_MODE=standard""",
 }
 
@@ -702,7 +704,8 @@ with errors_as_lines():
     import numpy as np
     from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
-BLAS_NAME = use_blas(BLAS) if mx.default_device().type == mx.DeviceType.cpu else "not used"
+FOR_CPU = os.environ.get("DEVICE") == "cpu" or mx.default_device().type == mx.DeviceType.cpu
+BLAS_NAME = use_blas(BLAS) if FOR_CPU else "not used"
 Array, Arrays = mx.array, dict[str, mx.array]
 
 
@@ -952,15 +955,12 @@ def load_tokenizer(path: Path) -> Tokenizer:
     return Tokenizer(size, leading, control, *facts)
 
 
-def piece_texts(path: Path) -> list[str]:
-    """What each piece of a tokenizer adds to a text; '' for control pieces."""
-    import sentencepiece
-
-    model = sentencepiece.SentencePieceProcessor(model_file=str(path))
-    ids = list(range(model.vocab_size()))
-    hidden = np.any([model.is_control(ids), model.is_unknown(ids), model.is_unused(ids)], axis=0)
-    texts = [piece.replace("\u2581", " ") for piece in model.id_to_piece(ids)]
-    return ["" if hidden[i] else text for i, text in enumerate(texts)]
+def piece_texts(tokenizer: Tokenizer) -> list[str]:
+    """What each piece adds to a text; a byte that is no character alone as <0xNN>."""
+    ends = np.cumsum(tokenizer.piece_bytes.astype(np.int64) * bool(tokenizer.text)).tolist()
+    parts = [tokenizer.text[start:end] for start, end in itertools.pairwise([0, *ends])]
+    return [part.decode(errors="replace") if len(part) != 1 or part < b"\x80"
+            else f"<0x{part[0]:02X}>" for part in parts]  # fmt: skip
 
 
 def check_vocab(cfg: Knobs, tokenizer: Tokenizer) -> None:
@@ -1482,17 +1482,26 @@ def show_progress(label: str, every_s: float = 10.0, unit: str = "tokens") -> Pr
 
 def show_live(label: str, done: int, total: int, note: str) -> None:
     """Move the terminal's live line, which ends when all is done."""
-    from tqdm import tqdm
+    try:
+        from tqdm import tqdm
+    except ImportError:
+        return
 
     if LIVE and LIVE[0].desc != label:
         LIVE.pop().close()
     if not LIVE:
         form = "{desc} {percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}"
         LIVE.append(tqdm(total=total, desc=label, leave=False, dynamic_ncols=True, bar_format=form,
-                         initial=done))  # fmt: skip
+                         initial=done, file=sys.stdout))  # fmt: skip
     LIVE[0].set_postfix_str(note.rstrip(", "), refresh=False)
     LIVE[0].update(done - LIVE[0].n)
     if done >= total:
+        end_live()
+
+
+def end_live() -> None:
+    """Take the live line away."""
+    while LIVE:
         LIVE.pop().close()
 
 
@@ -1551,7 +1560,7 @@ def compiler_fault() -> str:
 
     A library that was cut short when it was written would fail for ever: it is removed.
     """
-    if sys.platform == "darwin" or not on_cpu():
+    if sys.platform == "darwin" or not FOR_CPU:
         return ""
     if os.system("g++ --version > /dev/null 2>&1"):  # as MLX asks
         return "no g++ that works: install it"
@@ -1559,11 +1568,12 @@ def compiler_fault() -> str:
     folder = next((os.environ[name] for name in names if os.environ.get(name)), "/tmp")
     with contextlib.suppress(OSError):
         for path in (Path(folder) / "mlx" / mx.__version__ / "cpu").glob("*.so"):
-            if not whole_library(path):
+            if not whole_library(path) and time.time() - path.stat().st_mtime > 60:  # nobody writes
                 path.unlink()
                 say(f"{path} was cut short: it is compiled anew")
     try:
-        mx.eval(mx.compile(lambda x: 3 * x + 1)(mx.ones(3)))
+        with mx.stream(mx.cpu):
+            mx.eval(mx.compile(lambda x: 3 * x + 1)(mx.ones(3)))
     except RuntimeError as error:
         reason = str(error).splitlines()[0]
         return f"{reason}: set TMPDIR to a folder of your own that may hold programs"
@@ -2423,6 +2433,14 @@ def check_size(total: int, params: Arrays, what: str) -> None:
         )
 
 
+def check_least_parameters(cfg: Knobs, vocab: int) -> None:
+    """Raises UserError for a net that is too large by far, before it takes memory to make it."""
+    least = least_parameters(cfg, vocab)
+    if least * min(cfg.weight_bits, cfg.embed_bits) // 16 > ARTIFACT_LIMIT_BYTES:
+        raise UserError(f"MODEL_DIM, NUM_LAYERS, ENGRAM_HASH_SIZE ..: {least:,} parameters at "
+                        "least fit into no artifact: lower them")  # fmt: skip
+
+
 def estimate_bytes(params: Arrays, groups: dict[str, Group], cfg: Knobs) -> int:
     """Bytes of script + artifact if every tensor were Gaussian noise; RunFailed over the limit."""
     size = len(source())
@@ -2477,6 +2495,8 @@ def parse_artifact(path: Path, raw: bytes, code: bytes) -> Artifact:
     sizes = np.frombuffer(raw, "<u2", vocab, at)
     flags = np.frombuffer(raw, np.uint8, vocab, at + 2 * vocab)
     at += 3 * vocab
+    if vocab * int(sizes.max(initial=0)) > 1 << 26:
+        raise ValueError(f"a piece of {sizes.max()} bytes")
     length = facts.pop("text")
     if length not in (0, int(sizes.sum())) or length > len(raw) - at:
         raise ValueError(f"{length} bytes of pieces, by the byte table {sizes.sum()}")
@@ -2716,7 +2736,9 @@ class Heartbeat:
                 if self.rank:
                     self.socket.send(self.WORD.pack(self.rank, self.joined))
                 word, sender = self.socket.recvfrom(self.WORD.size)
-                other, joined = self.WORD.unpack(word.ljust(self.WORD.size, b"\0"))
+                other, joined = self.WORD.unpack(word.ljust(self.WORD.size, b"\xff"))
+                if other >= count:  # somebody else's
+                    continue
                 self.heard[other] = time.monotonic()
                 if self.rank:
                     self.joined = joined
@@ -2745,7 +2767,7 @@ class Ranks:
 
     def __init__(self) -> None:
         place = meeting_place()
-        self.missing = Heartbeat(launched_rank(), *place).missing if place else str
+        self.missing = Heartbeat(launched_rank(), *place).missing if place else lambda: ""
         try:
             group = mx.distributed.init()
         except RuntimeError as error:
@@ -2878,9 +2900,9 @@ LOWER = (
 class Trainer:
     """The training state and the one function that moves it, `take_step`.
 
-    All that changes is in three dicts of arrays, `params`, `opt` and `average`, and in four
-    counters. A step makes new dicts and takes them only if its loss and its gradients are finite,
-    so that the last good state is always at hand.
+    All that changes is in three dicts of arrays, `params`, `opt` and `average`, and in five
+    counters. A step makes new dicts and takes them only if its loss and its gradients are finite
+    and the net has not come apart, so that the last good state is always at hand.
     """
 
     def __init__(
@@ -2970,15 +2992,14 @@ class Trainer:
             weights = complementary_weights(self.bigrams[x, y], self.cfg.complement_alpha)
         workers = min(self.workers.count, len(self.microbatches))
         sums: list[tuple] = [()] * workers  # (loss, gradients) of each worker's microbatches so far
-        show = show_progress(f"step {self.step + 1}", unit="microbatches")
+        show = self.show(f"step {self.step + 1}", "microbatches")
         for at in range(0, len(self.microbatches), workers):
             rows = self.microbatches[at : at + workers]
             batches = [tuple(mx.array(array[r]) for array in (x, y, weights)) for r in rows]
             jobs = [(self.params, *job) for job in zip(sums, batches, strict=False)]
             add = self.add_microbatch[quantised]
             sums[: len(jobs)] = self.workers.map(add, jobs, self.cfg.mlx_eager_eval)
-            if not LIVE:
-                show(at + len(rows), len(self.microbatches), "")
+            show(at + len(rows), len(self.microbatches), "")
         if self.ranks.count > 1:
             sums = [self.ranks.mean(tree_map(lambda *parts: sum(parts), *sums))]
         loss = sum(loss.item() for loss, _ in sums)
@@ -3038,13 +3059,17 @@ class Trainer:
 
     def warm_up(self) -> None:
         """Compile and allocate by taking steps and going back to the state before them."""
-        before, show = self.state(), show_progress("warm-up", unit="steps")
+        before, show = self.state(), self.show("warm-up", "steps")
         for i in range(self.cfg.warmup_steps):
             self.take_step()
             self.set_state(*before)
             show(i + 1, self.cfg.warmup_steps, "")
         if self.cfg.late_qat_threshold and self.cfg.warmup_steps:
             self.gradients(quantised=True)
+
+    def show(self, label: str, unit: str) -> Progress:
+        """Shows the progress of what takes long, on rank 0, beside no other live line."""
+        return (lambda *_: None) if self.ranks.rank or LIVE else show_progress(label, unit=unit)
 
     def finished(self) -> bool:
         """Whether the steps or the clock are used up."""
@@ -3140,16 +3165,17 @@ def train(
         return bool(every) and trainer.step % every == 0
 
     validated = last_record(report.folder, "val").get("step")
-    smoothed, show = 0.0, show_progress("training", every_s=math.inf)  # files have train lines
+    smoothed, show = None, show_progress("training", every_s=math.inf)  # files have train lines
     with interrupts.held():
         while not trainer.finished():
             if due(cfg.val_loss_every) and trainer.step not in (0, validated) and report.folder:
                 with interrupts.free():
                     validate(trainer)
             report_step(trainer, report, event := trainer.take_step())
-            weight = max(0.05, 1 / trainer.step)
-            smoothed += weight * (event["train_loss"] - smoothed) if not event["skipped"] else 0.0
-            if report.folder:
+            if not event["skipped"]:
+                before = event["train_loss"] if smoothed is None else smoothed
+                smoothed = before + 0.05 * (event["train_loss"] - before)
+            if report.folder and smoothed is not None:
                 watch(trainer, smoothed, show)
             # Each rank has a clock of its own.
             save = due(cfg.checkpoint_every) or keeper.due()
@@ -3171,7 +3197,7 @@ def watch(trainer: Trainer, smoothed: float, show: Progress) -> None:
 
 
 def report_step(trainer: Trainer, report: Report, event: Event) -> None:
-    """Log a step, if TRAIN_LOG_EVERY says so."""
+    """Log a step, if TRAIN_LOG_EVERY says so or if it was left out."""
     cfg, step = trainer.cfg, trainer.step
     if event["skipped"] or (cfg.train_log_every and (step % cfg.train_log_every == 0 or step <= 5)):
         report.event(event, TRAIN_LINE)
@@ -4139,7 +4165,7 @@ def choose_rows(fixed, past, now):
 
 @bare_kernel
 def mixed_logit(past, now, judge):
-    """The inputs times the sum of the sets' rows. Every loop but the last becomes vectors,"""
+    """The inputs times the sum of the sets' rows. Every loop but the last becomes vectors."""
     products, x, weights = now.products, now.inputs[judge], past.weights[judge]
     row = weights[now.set_rows[0]]
     for j in range(len(products)):
@@ -4525,9 +4551,9 @@ class LogisticMixer(ContextModel):
         joined = (mine.marks["joined"] != its.marks["joined"]).any()  # that changes them all
         moved = slice(None) if joined else np.nonzero(mine.visits != its.visits)
         mine.weights[moved] = its.weights[moved]
-        for old, new in zip(its, mine, strict=True):
-            if new is not mine.weights:
-                np.copyto(new, old)
+        for array, old in zip(mine, its, strict=True):
+            if array is not mine.weights:
+                np.copyto(array, old)
 
 
 def new_context_model(
@@ -4587,7 +4613,11 @@ class Packer:
         self.begin -= self.seconds
         self.workers.reserved = 1
         self.ended.clear()
-        threading.Thread(target=self.run, daemon=True).start()
+        try:
+            threading.Thread(target=self.run, daemon=True).start()
+        except BaseException:
+            self.ended.set()
+            raise
         if not self.cfg.max_wallclock_seconds:
             self.wait(keeper)
 
@@ -4638,6 +4668,7 @@ class Packer:
             show(code, max(self.budget, code), f"{self.count:,} tokens, ")
             if keeper and keeper.due():
                 keeper.save(together=False)
+        end_live()
         if self.error:
             raise self.error
 
@@ -4659,8 +4690,11 @@ class Packer:
         self.seconds = parts["seconds"].item()
 
     def finish(self) -> PackedText:
-        """What is packed, once all is."""
+        """What is packed, once all is; nothing, if it was ended before it began."""
         self.wait()
+        room = MESSAGE_TOKENS + 1
+        args = self.tokenizer, self.leaf, room, self.cfg.mixer_memory_mb
+        self.mixer = self.mixer or LogisticMixer(*args)
         digest = self.mixer.text_sha256()
         return PackedText(self.leaf, self.count, digest, self.coder.finish())
 
@@ -5021,16 +5055,19 @@ class Scoring:
             self.costs[first : first + len(part)] = part[: max(len(self.costs) - first, 0)]
             yield first, part
 
-    def write_costs(self, path: Path, tokenizer_path: Path | None) -> None:
-        """Write what each token cost, for those who look at a run: see README."""
+    def write_costs(self, path: Path) -> str:
+        """Write what each token cost, for those who look at a run; returns what kept it from it."""
         tokens, facts = self.text.tokens[: len(self.costs) + 1], self.artifact.tokenizer
         parts = {"tokens": tokens[1:].astype(np.uint16), "nats": self.costs,
                  "bytes": facts.bytes_of(tokens[:-1], tokens[1:]).astype(np.uint16),
-                 "starts": np.flatnonzero(tokens[1:] == facts.bos)}  # fmt: skip
-        if tokenizer_path:
-            parts["pieces"] = np.array(piece_texts(tokenizer_path))
-        with whole_file(path) as part, open(part, "wb") as file:
-            np.savez(file, **parts)
+                 "starts": np.flatnonzero(tokens[1:] == facts.bos),
+                 "pieces": np.array(piece_texts(facts))}  # fmt: skip
+        try:
+            with whole_file(path) as part, open(part, "wb") as file:
+                np.savez(file, **parts)
+        except RunFailed as error:
+            return str(error)
+        return ""
 
     def score(self, mode: str) -> tuple[Event, str]:
         """One pass in an EVAL_MODE: (its record, a line about its message)."""
@@ -5223,15 +5260,16 @@ def activation_bytes(cfg: Knobs, vocab: int, tokens: int) -> int:
 def fit_memory(cfg: Knobs, vocab: int, env: dict[str, str]) -> tuple[Knobs, list[str]]:
     """Settings that the environment leaves open, lowered to what the memory holds; lines."""
     limit, lines = memory_limit(), []
-    if cfg.mixer == "logistic" and "MIXER_MEMORY_MB" in env and cfg.mixer_memory_mb << 20 > limit:
+    if cfg.mixer == "logistic" and env.get("MIXER_MEMORY_MB") and cfg.mixer_memory_mb << 20 > limit:
         raise UserError(f"MIXER_MEMORY_MB={cfg.mixer_memory_mb}: there are {limit >> 20:,}")
-    if "MIXER_MEMORY_MB" not in env and cfg.mixer_memory_mb << 20 > limit // 4:
+    if not env.get("MIXER_MEMORY_MB") and cfg.mixer_memory_mb << 20 > limit // 4:
         cfg = dataclasses.replace(cfg, mixer_memory_mb=max(limit // 4 >> 20, 1))
         lines.append(f"MIXER_MEMORY_MB={cfg.mixer_memory_mb}: a quarter of this machine's memory")
-    tokens = cfg.mlx_max_microbatch_tokens
-    while tokens > cfg.train_seq_len and activation_bytes(cfg, vocab, tokens) > limit // 3:
+    tokens, workers = cfg.mlx_max_microbatch_tokens, (cfg.workers or cpu_cores()) if on_cpu() else 1
+    most = limit // 3 // workers  # each of them has a microbatch
+    while tokens > cfg.train_seq_len and activation_bytes(cfg, vocab, tokens) > most:
         tokens //= 2
-    if "MLX_MAX_MICROBATCH_TOKENS" not in env and tokens < cfg.mlx_max_microbatch_tokens:
+    if not env.get("MLX_MAX_MICROBATCH_TOKENS") and tokens < cfg.mlx_max_microbatch_tokens:
         cfg = dataclasses.replace(cfg, mlx_max_microbatch_tokens=tokens)
         lines.append(f"MLX_MAX_MICROBATCH_TOKENS={tokens}: more would need over a third of it")
     return cfg, lines
@@ -5250,7 +5288,9 @@ def estimate_memory(
     vocab = params["tok_emb"].shape[0]
     copies = sum(p.size for p in params.values()) * 4 * (7 + len(microbatches))
     nodes = val_tokens * (cfg.ngram_max_order + 1)  # at most, each with up to four slots
-    mixer = {"logistic": cfg.mixer_memory_mb << 20, "backoff": nodes * (NODE.itemsize + 16)}
+    rows = sum(set_sizes(max(vocab - 1, 1).bit_length()))
+    tables = (cfg.mixer_memory_mb << 20) + 2 * rows * WIDTH * 4
+    mixer = {"logistic": tables, "backoff": nodes * (NODE.itemsize + 16)}
     net = copies + activation_bytes(cfg, vocab, sum(microbatches) * cfg.train_seq_len)
     pairs = 8 * vocab**2 if cfg.complement_alpha else 0
     packed = 8 * min(train_tokens, PACKED_TOKENS_MOST) if cfg.mixer == "logistic" else 0
@@ -5325,7 +5365,7 @@ def train_to_artifact(
     packer: Packer | None,
 ) -> Event:  # fmt: skip
     """Train and pack, then export: sizes and counts, on rank 0 alone."""
-    cfg, first, waited = trainer.cfg, not trainer.cfg.max_wallclock_seconds, 0.0
+    cfg, first = trainer.cfg, not trainer.cfg.max_wallclock_seconds
 
     def validate(trainer: Trainer) -> None:
         args = trainer.model, trainer.average, text, tokenizer, cfg, trainer.workers
@@ -5341,16 +5381,15 @@ def train_to_artifact(
         if not trainer.ranks.rank and last_record(report.folder, "val").get("step") != trainer.step:
             validate(trainer)
         if packer:
-            begin = time.perf_counter()
             if not packer.ended.is_set():
                 report.line("packing goes on until its bytes or MAX_WALLCLOCK_SECONDS are used up")
             packer.wait(keeper)
-            waited = time.perf_counter() - begin
     except Interrupted as error:
         if not cfg.export_on_interrupt or (trainer.ranks.count > 1 and not error.together):
             raise
         interrupts.asked = 0
         report.line(f"stopped at step {trainer.step}: EXPORT_ON_INTERRUPT=1 exports it")
+        keeper.save(together=False)
         if packer:
             packer.deadline = 0.0
     if trainer.ranks.rank:
@@ -5363,8 +5402,8 @@ def train_to_artifact(
         packer.wait(keeper)
         keeper.save(together=False)
     made = export(trainer, report, packer, tokenizer, text.overlap)
-    packing = packer.seconds if packer and first else waited
-    return {**made, "train_seconds": trainer.elapsed_s + packing}
+    trained, packed = trainer.elapsed_s, packer.seconds if packer else 0.0
+    return {**made, "train_seconds": trained + packed if first else max(trained, packed)}
 
 
 def resume(
@@ -5442,10 +5481,7 @@ def train_run(
         size = tokenizer_path.stat().st_size
         check = functools.partial(check_text, cfg, loaded, data, tokenizer, tokenizer_path)
         text = ranks.in_turn(lambda: loaded if ranks.rank else check())
-        least = least_parameters(cfg, tokenizer.vocab)
-        if least * min(cfg.weight_bits, cfg.embed_bits) // 16 > ARTIFACT_LIMIT_BYTES:
-            raise UserError(f"MODEL_DIM, NUM_LAYERS, ENGRAM_HASH_SIZE ..: {least:,} parameters at "
-                            "least fit into no artifact: lower them")  # fmt: skip
+        check_least_parameters(cfg, tokenizer.vocab)
         trainer = Trainer(GPT(cfg, tokenizer.vocab, tokenizer.bos), cfg, data, workers, ranks)
         for line in describe_training(trainer, text):
             report.line(line)
@@ -5611,7 +5647,6 @@ def report_score(
         event, line = scoring.score(mode)
         evals.append(event)
         lines += [line] if line else []
-    scoring.write_costs(report.folder / "costs.npz", tokenizer_path)
     if cfg.audit:
         lines += audit.stated_bytes(evals[-1]["val_bytes"])
     label = audit.label(lines) if cfg.audit else "off"
@@ -5624,6 +5659,8 @@ def report_score(
     final = {**final, **evals[-1], "event": "final", "audit": label, "eval_seconds": seconds,
              "message": scoring.message}  # fmt: skip
     report.event({**final, "peak_memory_bytes": peak_memory()}, FINAL_LINE)
+    if unwritten := scoring.write_costs(report.folder / "costs.npz"):
+        report.line(f"warning: {unwritten}")
     rest = final["model_bytes"] - final["packed_bytes"]
     for line in SUMMARY.format(**{**final, "net_bytes": rest, "folder": report.folder},
                                part=part_of_text(final)).split("\n"):  # fmt: skip
@@ -5648,7 +5685,7 @@ def in_another_process(cfg: Knobs) -> str:
     lines = f"import {SCRIPT.stem} as t; cfg, _ = t.knobs_from_env(dict(t.os.environ)); "
     lines += "t.use_device(cfg); print(t.forward_sha256(cfg))"
     command = [sys.executable, "-c", lines]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=HERE)
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, cwd=HERE)
     return (done.stdout.split() or [""])[-1]
 
 

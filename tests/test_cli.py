@@ -811,7 +811,7 @@ def test_a_missing_gpu_is_named(main):
 
 
 def test_a_model_that_is_too_large_is_refused_before_training(main, tmp_path):
-    tables = {"BIGRAM_HASH_SIZE": 65536, "SKIPGRAM_HASH_SIZE": 65536}
+    tables = {"BIGRAM_HASH_SIZE": 30_000, "SKIPGRAM_HASH_SIZE": 30_000}
     with pytest.raises(t.RunFailed) as error:
         main("large", ENGRAM_LITE_ENABLED=0, **tables)
     error = str(error.value)

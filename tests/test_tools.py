@@ -752,6 +752,6 @@ def test_the_report_of_a_real_run(real, capsys):
     run = report.read_run(real.folder)
     assert status == 0 and f"{run.final['val_bpb']:.4f}" in out and "SEED" in real.folder.name
     page = (real.home / "page.html").read_text()
-    assert page.count("<figure>") == 4 and "No costs.npz" in page
+    assert page.count("<figure>") == 6 and "No costs.npz" not in page
     assert "small tensors" in page and run.settings()["ITERATIONS"] == "60"
     assert len(run.curve("val", "val_loss")[0]) == 3

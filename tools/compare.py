@@ -24,7 +24,7 @@ from statistics import fmean, stdev
 from report import Run, aligned, differing, notes, read_run
 
 SCRIPT = Path(__file__).resolve().parent.parent / "train_gpt_mlx_kl.py"
-OWN = ("RUN_ID", "OUT_DIR", "RESUME", "EVAL_ONLY")  # what this program sets itself
+OWN = ("RUN_ID", "OUT_DIR", "RESUME", "EVAL_ONLY", "ARTIFACT", "MODE")  # set by this program
 # Student's t: 97.5 % quantiles for 1 to 22 degrees of freedom. Those of more are smaller.
 T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160,
      2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074)  # fmt: skip
@@ -85,7 +85,7 @@ class Runner:
     def run(self, script: Path, folder: Path, names: Settings, env: Settings) -> str:
         """Make a run, or go on with it; returns why it failed, or "". Raises Stop at bad input."""
         where = {"RUN_ID": folder.name, "OUT_DIR": str(folder.parent)}
-        env = env | where | {"RESUME": str(int(folder.is_dir())), "EVAL_ONLY": ""}
+        env = env | where | dict.fromkeys(OWN[3:], "") | {"RESUME": str(int(folder.is_dir()))}
         self.process = subprocess.Popen(
             [sys.executable, str(script)], env=env, text=True, errors="replace",
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
