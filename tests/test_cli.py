@@ -1030,8 +1030,8 @@ def test_a_terminal_has_a_live_line_and_no_long_ones(dataset, home):
     assert any(re.search(r"training +\d+%.*loss \d\.\d+, [\d,]+ tok", part) for part in live)
     rest = [part for part in re.sub(r"\x1b\[\w*", "", out).split("\r") if "%|" not in part]
     lines = [line for part in rest for line in part.split("\n")]
-    (command,) = (line for line in lines if " python " in line)
-    assert "EVAL_ONLY=" in command and "DATA_PATH=" in command  # to be copied whole
+    (command,) = (line for line in lines if "EVAL_ONLY=" in line)
+    assert "DATA_PATH=" in command and " python " in command  # to be copied whole
     lines.remove(command)
     assert max(len(line) for line in lines if " " in line.strip()) <= 80  # a path is not cut
     log = (home / "logs" / "watched" / "train.log").read_text()[SCRIPT.stat().st_size :]
