@@ -316,6 +316,8 @@ class Knobs:
     skipgram_hash_size: int = knob(0, "rows of SkipGram's table; 0: off", "model", hi=65536)
     mixer_memory_mb: int = knob(1950, "MiB of the context models' tables", "model", lo=1,
                                 hi=1 << 15, needs="MIXER=logistic")  # fmt: skip
+    mixer_size: str = knob("medium", "how many of the contexts take part", "model",
+                           choices="small medium large", needs="MIXER=logistic")  # fmt: skip
 
     mixer: str = knob("logistic", "context models", "eval", choices="logistic backoff off")
     ngram_mixer_enabled: bool = knob(True, "0 is the same as MIXER=off", "eval")
@@ -2230,7 +2232,7 @@ def apply_gradients(
 # ==================================================================================================
 
 CLIP_RATIOS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65)
-MAGIC, FORMAT_VERSION = b"MLXGOLF1", 7
+MAGIC, FORMAT_VERSION = b"MLXGOLF1", 8
 # Magic, version, SHA-256 of the version and the rest, bytes of the compressed model.
 PREFIX = struct.Struct("<8sH32sQ")
 LZMA_MAGIC = b"\xfd7zXZ\0"  # no brotli stream of ours begins so
@@ -2351,6 +2353,11 @@ def checksum(version: int, model_size: int, body: bytes) -> bytes:
 
 
 PACKED_TOKENS_MOST = 40_000_000  # about 25 M fill an artifact
+
+
+def tree_levels(vocab: int) -> int:
+    """Levels of the mixer's tree: two more than a balanced one has, in 16 bits."""
+    return min(max(vocab - 1, 1).bit_length() + 2, 16)
 
 
 @dataclass(frozen=True)
@@ -2509,7 +2516,7 @@ def parse_artifact(path: Path, raw: bytes, code: bytes) -> Artifact:
         count, digest = header["packed"]
         if not (type(count) is int and 0 <= count <= PACKED_TOKENS_MOST):
             raise ValueError(f"{count} packed tokens")
-        if leaf.max() >= 1 << max(vocab - 1, 1).bit_length() or len(np.unique(leaf)) < vocab:
+        if leaf.max() >> tree_levels(vocab) or len(np.unique(leaf)) < vocab:
             raise ValueError("two tokens at one leaf of the mixer's tree")
         for level in range(max(vocab - 1, 1).bit_length()):
             nodes = np.unique(leaf >> level)
@@ -3556,16 +3563,17 @@ class BackoffMixer(ContextModel):
 
 # After Mahoney's PAQ and lpaq (whose "context model" is an expert here, whose "mixer" is a judge;
 # here a mixer is the whole). A token whose probability is p costs -log2 p bits; it is predicted bit
-# by bit. THE PATH. The tokens are the leaves of a balanced binary tree. Its nodes are numbered like
-# a heap's: the root is 1, node n has the children 2n and 2n + 1. A token of 1,024 is a path of ten
-# decisions, 0 for left and 1 for right. The mixer gives each decision a probability that is made of
+# by bit. THE PATH. The tokens are the leaves of a binary tree. Its nodes are numbered like those of
+# a heap: the root is 1, node n has the children 2n and 2n + 1. A token of 1,024 is a path of about
+# nine decisions, 0 for left and 1 for right. The mixer gives each a probability that is made of
 # the past and of the path so far; the token's probability is their product. So the probabilities of
 # all tokens sum to 1, whatever the experts say.
 # THE EXPERTS. A slot expert has a context, e.g. the last two tokens. A hash of the context and of
-# the path's node at level 0, 3, 6 .. finds a SLOT in a table: 16 bytes, which are a tag and 7
-# cells, one for each node of three levels. A CELL is what was seen at the node: 12 bits of logit
-# and 4 of count. A candidate expert lists the last seven tokens that followed its context. The
-# match expert finds where the last tokens occurred before, and expects what followed there.
+# the path's node at level 0, 3, 6 .. finds a SLOT in a table: 32 bytes, which are a tag and 7
+# cells, one for each node of three levels. A CELL is what was seen at the node: 12 bits of logit,
+# 4 of count, 7 that are the last bits themselves, and 9 of CORRECTION, which is what the mix had
+# to be told here so far. A candidate expert lists the last seven tokens that followed its context.
+# The match expert finds where the last tokens occurred before, and expects what followed there.
 # THE MAPS. What an expert says need not be true. A MAP has a cell for everything that an expert can
 # say (22 bits of probability, 10 of count), which learns how often a 1 followed when it was said.
 # THE MIX. The inputs are logits, ln(p / (1 - p)). Their weights are the sum of nine rows, one of
@@ -3575,16 +3583,17 @@ class BackoffMixer(ContextModel):
 # coded is the mean of their probabilities, weighted by Bayes' rule: who was right counts for more.
 #
 # ONE DECISION. The path so far is left, then right: bits 0 1. The node is 5 and the level 2. The
-# slot of "order 2" was found at level 0; its cell 5 holds logit 2.0 (2,560: 256ths from -8) and
-# count 3.
-#  1. The expert's inputs are 2.0 and, from the map's cell for count 3 and logit 2.0, say 1.6.
+# slot of "order 2" was found at level 0; its cell 5 holds logit 2.0 (2,560: 256ths from -8), count
+# 3, the bits 1 1 1 and the correction 0.5 (288: 64ths from -4).
+#  1. The expert's inputs are 2.0, from the map's cell for the bits 1 1 1, say, 1.6, and 0.5.
 #     The net's input is the logit of its mass below node 11 over its mass below node 5.
 #  2. Nine rows of weights, added and multiplied by the inputs, give the mixed logit 1.2: p = 0.77.
 #     The two refining maps say 0.80 for such a logit, so p = (0.77 + 0.80) / 2 = 0.785.
 #  3. The bit is 1. The coder keeps the lower 0.785 of its interval; that costs 0.35 bits.
 #  4. Learning: the nine rows move along the inputs by a rate times the error 1 - 0.77. The cells of
 #     all maps that were asked move towards 1 by 1 / (count + 1.5) of the way. So does the slot's
-#     cell, from p = 0.88 to 0.91: its logit is then 2.28, its count 4. The node is now 11.
+#     cell, from p = 0.88 to 0.91: its logit is then 2.28, its count 4, its bits 1 1 1 1, and its
+#     correction 0.63: 0.5 and (2 / (3 + 1.5) + 0.1) of the error. The node is now 11.
 #
 # Encoder and decoder must agree to the bit on every machine. So all that priming learns from is
 # integers, or single float32 operations in a fixed order; logarithms of tables are `decimal`'s,
@@ -3602,15 +3611,17 @@ class Fixed(NamedTuple):
     after_one: np.ndarray  # (65536,) uint16: a slot's cell -> its logit after a 1, count bits 0
     rate: np.ndarray  # (1024,) int64: 1 / (count + 1.5) in 65,536ths
     advance: np.ndarray  # (16,) int64: chance in 65,536ths that a slot's count goes on
+    agility: np.ndarray  # (16,) float32: by a slot's count, steps of a correction per unit of error
     evidence: np.ndarray  # (2048,) int64: candidates' counts -> 0 .. 9
     leaf: np.ndarray  # (V,) int64: a token's path, its first decision the highest bit
     token: np.ndarray  # (2^L,) int64: the token at a leaf, or -1
     inside: np.ndarray  # (2^(L+1),) int64: tokens below each node
+    decision: np.ndarray  # (2^L,) int64: number of the node among those with tokens on both sides
     starts: np.ndarray  # (V,) bool: the piece starts a word
     letters: np.ndarray  # (V, longest) uint8: its bytes, see `lower_case`
     sizes: np.ndarray  # (V,) int64: how many
-    slot_rows: np.ndarray  # (SLOTS, 7) int64: see `context_rows`
-    candidate_rows: np.ndarray  # (CANDIDATES, 7) int64
+    slot_rows: np.ndarray  # (slot experts, 8) int64: see `context_rows`
+    candidate_rows: np.ndarray  # (CANDIDATES, 8) int64
     first_row: np.ndarray  # (SETS,) int64: where each weight set's rows begin
     levels: int  # L
     bos: int  # token that starts a document
@@ -3619,10 +3630,10 @@ class Fixed(NamedTuple):
 class Past(NamedTuple):
     """What the text has taught; a copy of it is a copy of the mixer."""
 
-    slots: np.ndarray  # (n, 8) uint16: a tag, then a cell for each of 7 nodes
+    slots: np.ndarray  # (n, 8) uint32: a tag, then a cell for each of 7 nodes
     candidates: np.ndarray  # (n, 8) uint32: a tag, then 7 leaves << 16 | count, most recent first
-    maps: np.ndarray  # (L, MAP_CELLS) uint32: 22 bits of probability, 10 of count
-    weights: np.ndarray  # (2, rows of all sets, WIDTH) float32, per judge
+    maps: np.ndarray  # (L, cells of all experts) uint32: 22 bits of probability, 10 of count
+    weights: np.ndarray  # (2, rows of all sets, inputs, padded) float32, per judge
     visits: np.ndarray  # (2, rows of all sets) float32: how often each row has learned
     apm: np.ndarray  # (2, 2^L + hashed, 33) uint32: cells by mixed logit; rows by node, by hash
     repeats: np.ndarray  # (2^n,) int32: the position after the last text of SHORTEST_MATCH tokens
@@ -3659,8 +3670,10 @@ class Context(NamedTuple):
     for the word so far, 1 for the one before, 2 for the one before that, 3 for the last of more
     than three letters. document: what was seen counts in it alone.
     Rows of a table must differ in these five: experts with one key would share their cells.
+    sparse: most of what is seen once does not come back, so of a new key only the first slot stays.
+    size: the smallest MIXER_SIZE that the expert is part of; the rows are in the sizes' order.
     chooses: the slot's count helps to choose a row of the sixth weight set, which it makes 8 times
-    larger; of no effect in candidates.
+    larger; such a context is small. Size and chooses are of no effect in candidates.
     """
 
     name: str
@@ -3669,41 +3682,61 @@ class Context(NamedTuple):
     pieces: int = 0
     words: int = 0
     document: bool = False
+    sparse: bool = False
+    size: str = "small"
     chooses: bool = False
 
 
+SIZES = ("small", "medium", "large")
 SLOT_CONTEXTS = (
     Context("order 1", tokens=0b1),
     Context("order 2", tokens=0b11, chooses=True),
-    Context("order 3", tokens=0b111, chooses=True),
+    Context("order 3", tokens=0b111, sparse=True, chooses=True),
     Context("pieces of the word", pieces=1, chooses=True),
-    Context("pieces of two words", pieces=2),
+    Context("pieces of two words", pieces=2, sparse=True),
     Context("document", document=True),
     Context("document, order 1", tokens=0b1, document=True),
     Context("document, order 2", tokens=0b11, document=True),
-    Context("token before the last", tokens=0b10),
-    Context("classes of three tokens", classes=0b111),
-    Context("word", words=0b1),
-    Context("word, the one before the last", words=0b101),
-    Context("word, last long one", words=0b1001),
-    Context("document, word", words=0b1, document=True),
-    Context("document, word pair", words=0b11, document=True),
+    Context("order 0", size="medium"),
+    Context("t-2", tokens=0b10, size="medium"),
+    Context("t-3", tokens=0b100, size="medium"),
+    Context("classes of three tokens", classes=0b111, size="medium"),
+    Context("classes of four tokens", classes=0b1111, sparse=True, size="medium"),
+    Context("word", words=0b1, size="medium"),
+    Context("last word", words=0b10, size="medium"),
+    Context("last two words", words=0b110, sparse=True, size="medium"),
+    Context("word, the one before the last", words=0b101, sparse=True, size="medium"),
+    Context("word, last long one", words=0b1001, sparse=True, size="medium"),
+    Context("document, word", words=0b1, document=True, size="medium"),
+    Context("document, word pair", words=0b11, document=True, size="medium"),
+    Context("order 5", tokens=0b11111, sparse=True, size="large"),
+    Context("document, class", classes=0b1, document=True, size="large"),
+    Context("document, two classes", classes=0b11, document=True, size="large"),
+    Context("document, last word", words=0b10, document=True, size="large"),
+    Context("document, t-2", tokens=0b10, document=True, size="large"),
 )
 CANDIDATE_CONTEXTS = (Context("candidates, order 4", tokens=0b1111),)
-CLASS_LEVELS = 5
-SLOTS, CANDIDATES = len(SLOT_CONTEXTS), len(CANDIDATE_CONTEXTS)
-SLOT_MAP_CELLS, CANDIDATE_MAP_CELLS, MATCH_MAP_CELLS = 512, 200, 128  # per expert and level
+CLASS_LEVELS = 6
+SLOTS, CANDIDATES = len(SLOT_CONTEXTS), len(CANDIDATE_CONTEXTS)  # slots: of the largest size
+SLOT_MAP_CELLS, CANDIDATE_MAP_CELLS, MATCH_MAP_CELLS = 2048, 200, 128  # per expert and level
+NET, BIAS = 0, 1  # the first inputs
 KINDS = (  # experts; inputs of a decision; cells of their maps per level
-    (SLOTS, 2 * SLOTS, SLOTS * SLOT_MAP_CELLS),
-    (CANDIDATES, CANDIDATES, CANDIDATES * CANDIDATE_MAP_CELLS),
     (1, 1, MATCH_MAP_CELLS),
+    (CANDIDATES, CANDIDATES, CANDIDATES * CANDIDATE_MAP_CELLS),
+    (SLOTS, 3 * SLOTS, SLOTS * SLOT_MAP_CELLS),  # last: there are fewer in a smaller size
 )
-# Where the second kind begins, where the third does, and where what follows all kinds does.
-FIRST_CANDIDATE, MATCH, EXPERTS = itertools.accumulate(kind[0] for kind in KINDS)
-CANDIDATE_INPUT, MATCH_INPUT, NET = itertools.accumulate(kind[1] for kind in KINDS)
-CANDIDATE_MAP, MATCH_MAP, MAP_CELLS = itertools.accumulate(kind[2] for kind in KINDS)
-BIAS = NET + 1
-WIDTH = -(-(BIAS + 1) // 8) * 8  # inputs, padded for vector instructions
+# Where each kind begins, and where the last one ends.
+MATCH, FIRST_CANDIDATE, FIRST_SLOT, EXPERTS = itertools.accumulate(
+    (kind[0] for kind in KINDS), initial=0
+)
+MATCH_INPUT, CANDIDATE_INPUT, SLOT_INPUT, INPUTS = itertools.accumulate(
+    (kind[1] for kind in KINDS), initial=2
+)
+MATCH_MAP, CANDIDATE_MAP, SLOT_MAP, MAP_CELLS = itertools.accumulate(
+    (kind[2] for kind in KINDS), initial=0
+)
+LANES = 16  # inputs are padded to so many, for vector instructions
+WIDTH = -(-INPUTS // LANES) * LANES
 SETS = 9  # weight sets, see `choose_rows`
 WORK = np.dtype([  # `now`: first what is known of a token, then of one of its decisions
     ("last", np.int64),  # token t-1
@@ -3715,13 +3748,15 @@ WORK = np.dtype([  # `now`: first what is known of a token, then of one of its d
     ("slot_keys", np.uint64, SLOTS),  # hash of each expert's context
     ("slot_hashes", np.uint64, SLOTS),  # hash of that and of the node where the slot begins
     ("slot", np.int64, SLOTS),  # row of `slots`
+    ("fresh", np.int64, SLOTS),  # whether it is new
     ("candidate_hashes", np.uint64, CANDIDATES),
     ("found", np.int64, CANDIDATES),  # row of `candidates`
+    ("unknown", np.int64, CANDIDATES),  # whether it is new
     ("touched", np.int64),  # a sum that nobody reads
     ("node", np.int64),
     ("level", np.int64),  # of the node, 0 at the root
     ("cell_at", np.int64),  # of the node in its slot, 1 .. 7
-    ("seen", np.int64),  # slot experts whose cell has a count
+    ("seen", np.int64),  # small slot experts whose cell has a count
     ("inputs", np.float32, (2, WIDTH)),  # logits, per judge
     ("map_at", np.int64, EXPERTS),  # the expert's cell in the level's maps, -1 if it is silent
     ("set_rows", np.int64, SETS),  # the row of `weights` of each weight set
@@ -3766,6 +3801,7 @@ def mixer_tables() -> dict[str, np.ndarray]:
         "after_one": after_one.reshape(-1),
         "rate": 65536 * 2 // (2 * np.arange(1024) + 3),
         "advance": np.append(65536 // np.diff(COUNTS), 0),
+        "agility": ((2 / (COUNTS + 1.5) + 0.1) * CORRECTION_STEPS).astype(np.float32),
         "evidence": np.searchsorted([1, 2, 3, 4, 5, 7, 10, 16, 32], np.arange(2048), "right"),
     }
 
@@ -3799,7 +3835,7 @@ def learn_cell(fixed, cells, at, bit, limit):
 def learn_maps(fixed, past, now, bit):
     """Let the maps learn what followed when the experts said what they said."""
     maps = past.maps[now.level]
-    for e in range(EXPERTS):
+    for e in range(FIRST_SLOT + len(fixed.slot_rows)):
         if now.map_at[e] >= 0:
             learn_cell(fixed, maps, now.map_at[e], bit, MAP_LIMIT)
 
@@ -3809,10 +3845,10 @@ def learn_maps(fixed, past, now, bit):
 
 
 def token_tree(text: np.ndarray, vocab: int) -> np.ndarray:
-    """Leaf of each token in a balanced binary tree: alike tokens lie close. (V,) int64.
+    """Leaf of each token in a binary tree: alike tokens lie close. (V,) int64.
 
     Tokens are alike if the same tokens come before and after them, as counted in `text`. A node's
-    tokens are halved by their first principal component, then by balanced 2-means.
+    tokens are split by their first principal component, then by 2-means.
     """
     frequency = np.bincount(text, minlength=vocab).astype(np.float64)
     column, common = np.full(vocab, min(vocab, 1024) - 1), np.argsort(-frequency, kind="stable")
@@ -3824,28 +3860,34 @@ def token_tree(text: np.ndarray, vocab: int) -> np.ndarray:
         pairs = pairs.reshape(vocab, width).astype(np.float32)
         return np.sqrt(pairs / np.maximum(pairs.sum(axis=1, keepdims=True), 1))
 
-    x = np.hstack([root_shares(text[1:], text[:-1]), 0.7 * root_shares(text[:-1], text[1:])])
+    x = np.hstack([root_shares(text[1:], text[:-1]), 0.4 * root_shares(text[:-1], text[1:])])
     share = (frequency / max(frequency.sum(), 1))[:, None]
     x -= (x * share).sum(axis=0)
     _, vectors = np.linalg.eigh((x * share).T @ x)
     x, weight = x @ vectors[:, -60:], np.sqrt(frequency + 1)[:, None]
     nodes, leaf = [np.arange(vocab)], np.zeros(vocab, np.int64)
-    for _ in range(max(vocab - 1, 1).bit_length()):
-        nodes = [half for node in nodes for half in halves(node, x[node], weight[node])]
+    for below in range(tree_levels(vocab) - 1, -1, -1):
+        nodes = [side for node in nodes for side in parted(node, x[node], weight[node], 1 << below)]
     for i, node in enumerate(nodes):
         leaf[node] = i
     return leaf
 
 
-def halves(node: np.ndarray, x: np.ndarray, weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens (n,) with features x (n, K) -> two halves of like ones, the larger first."""
+def parted(
+    node: np.ndarray, x: np.ndarray, weight: np.ndarray, room: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens (n,) with features x (n, K) -> two sets of like ones, of `room` tokens at most each.
+
+    The left one is never empty, the right one is if there is one token.
+    """
     if len(node) < 2:
         return node, node[:0]
-    centred, half = x - (x * weight).sum(axis=0) / weight.sum(), (len(node) + 1) // 2
+    centred = x - (x * weight).sum(axis=0) / weight.sum()
     key = centred @ np.linalg.eigh((centred * weight).T @ centred)[1][:, -1]
-    for _ in range(10):
-        order = np.argsort(key, kind="stable")
-        a, b = order[:half], order[half:]
+    least, most = max(len(node) - room, 1), min(room, len(node) - 1)
+    for _ in range(20):
+        order, cut = np.argsort(key, kind="stable"), np.clip((key < 0).sum(), least, most)
+        a, b = order[:cut], order[cut:]
         near, far = ((x[i] * weight[i]).sum(axis=0) / weight[i].sum() for i in (a, b))
         key = ((x - near) ** 2).sum(axis=1) - ((x - far) ** 2).sum(axis=1)
         if (np.argsort(key, kind="stable") == order).all():
@@ -3867,15 +3909,13 @@ def net_masses(fixed, mass, row):
 # --------------------------------------------------------------------------------------------------
 # Contexts: the text so far, and the rows of a table that belong to a context
 
-WAYS = 4  # rows of a table in which a key may be: 4 slots are a cache line
+WAYS = 4  # rows of a table in which a key may be: 4 slots are two cache lines
 
 
 def context_rows(contexts: tuple[Context, ...], regions: tuple[tuple, tuple]) -> np.ndarray:
-    """Contexts -> (n, 7) int64 for kernels: tokens, classes, pieces, words, document, first row
-    and rows of the table's region; regions: (first row, rows) for others, for documents."""
-    rows = [
-        (c.tokens, c.classes, c.pieces, c.words, c.document, *regions[c.document]) for c in contexts
-    ]
+    """Contexts -> (n, 8) int64 for kernels: tokens, classes, pieces, words, document, first row
+    and rows of the table's region, sparse; regions: (first row, rows) for others, for documents."""
+    rows = [(*c[1:6], *regions[c.document], c.sparse) for c in contexts]
     return np.array(rows, np.int64)
 
 
@@ -3889,7 +3929,7 @@ def recent_token(fixed, past, back):
 
 @bare_kernel
 def context_keys(fixed, past, rows, keys):
-    """Write the 64-bit key (n,) of each context's row (n, 7): it is of the past alone."""
+    """Write the 64-bit key (n,) of each context's row (n, 8): it is of the past alone."""
     marks, above = past.marks[0], max(fixed.levels - CLASS_LEVELS, 0)
     for a in range(len(rows)):
         row = rows[a]
@@ -3920,25 +3960,35 @@ def touch_rows(table, rows, keys, node, hashes, at):
         h = hashes[a] = mix_hash(keys[a], node)
         place = rows[a, 5] + ((np.int64(h & np.uint64(0xFFFFFFFF)) * rows[a, 6]) >> 32)
         at[a] = place & ~(WAYS - 1)
-        total += np.int64(table[at[a], 0])
+        total += np.int64(table[at[a], 0]) + np.int64(table[at[a] + WAYS // 2, 0])
     return total
 
 
 @bare_kernel
-def find_rows(table, hashes, at, used, blank):
+def find_rows(table, rows, hashes, at, fresh, first_ones, used, blank, turn):
     """Go from each hash's first place to where it is; a new key gets the least used row, cleared.
 
-    used: mask of the bits of a row's cell 1 that say how much it is used; blank: a cleared cell.
+    fresh (n,): written, whether the key is new. first_ones: these are the first rows that the keys
+    have in this token; else a sparse context that was new there gets a row that nobody finds again.
+    used: mask of the bits of a row's cell 1 that say how much it is used; blank: a cleared cell;
+    turn: which of the least used rows goes.
     """
-    for a in range(len(at)):
-        tag, first = np.int64(hashes[a] >> np.uint64(48)) | 1, at[a]
-        place = least = first
-        while place < first + WAYS and np.int64(table[place, 0]) != tag:
-            if np.int64(table[place, 1]) & used < np.int64(table[least, 1]) & used:
-                least = place
-            place += 1
-        if place == first + WAYS:
-            place, row = least, table[least]
+    for a in range(len(rows)):
+        tag, place = np.int64(hashes[a] >> np.uint64(48)) | 1, at[a]
+        end = place + WAYS
+        if fresh[a] and rows[a, 7] and not first_ones:
+            place = len(table) - 1 - a
+        else:
+            while place < end and np.int64(table[place, 0]) != tag:
+                place += 1
+            fresh[a] = place == end
+            if fresh[a]:
+                place = at[a] + ((turn + a) & (WAYS - 1))
+                for way in range(at[a], end):
+                    if np.int64(table[way, 1]) & used < np.int64(table[place, 1]) & used:
+                        place = way
+        if fresh[a]:
+            row = table[place]
             row[0] = tag
             for k in range(1, 8):
                 row[k] = blank
@@ -3981,43 +4031,58 @@ def learn_letter(marks, letter):
 # --------------------------------------------------------------------------------------------------
 # Slot experts: how often a 1 came at this node after this context
 
-SLOT_LEVELS = 3  # decisions that share a slot: a tag and 7 nodes are 16 bytes
-UNSEEN = 2048 << 4  # a slot's cell: 12 bits of logit, in 256ths from -8; 4 of count, see COUNTS
+SLOT_LEVELS = 3  # decisions that share a slot: a tag and 7 nodes are 32 bytes
+CORRECTION_STEPS = 64  # per unit of logit
+# A slot's cell, from the highest bit: 12 bits of logit, in 256ths from -8; 4 of count, see COUNTS;
+# 7 of the last 6 bits, below a 1 that says how many they are; 9 of correction, in 64ths from -4.
+UNSEEN = 2048 << 20 | 0 << 16 | 1 << 9 | 256
 
 
-def first_slot_maps() -> np.ndarray:
-    """The slots' maps at first, which trust the cell's logit: by expert, count, 5 bits of logit."""
-    logits = 3072 + (np.arange(32) * 2 - 31) * 64
-    return np.tile(map_cells(mixer_tables()["squash"][logits]), SLOTS * 16)
+def first_slot_maps(slots: int) -> np.ndarray:
+    """The slots' maps at first, which trust the cell's logit: by expert, last bits, 4 of logit."""
+    logits = 3072 + (np.arange(16) * 2 - 15) * 128
+    return np.tile(map_cells(mixer_tables()["squash"][logits]), slots * 128)
 
 
 @bare_kernel
 def slot_inputs(fixed, past, now):
-    """Write two inputs per expert: the cell's logit, and that of the map for such a cell."""
+    """Write three inputs per expert: the cell's logit, that of the map for cells with such a logit
+    and these last bits, and the cell's correction."""
     x = now.inputs[0]
     now.seen = 0
-    for a in range(SLOTS):
+    for a in range(len(fixed.slot_rows)):
         cell = np.int64(past.slots[now.slot[a], now.cell_at])
-        x[2 * a] = np.float32((cell >> 4) - 2048) * np.float32(1 / 256)
-        x[2 * a + 1], now.map_at[a] = np.float32(0), -1
-        if cell & 15:
-            now.map_at[a] = a * SLOT_MAP_CELLS + (cell & 15) * 32 + (cell >> 11)
-            x[2 * a + 1] = map_logit(fixed, past.maps[now.level, now.map_at[a]])
-            now.seen += 1
+        e, j = FIRST_SLOT + a, SLOT_INPUT + 3 * a
+        x[j] = np.float32((cell >> 20) - 2048) * np.float32(1 / 256)
+        x[j + 1], now.map_at[e] = np.float32(0), -1
+        x[j + 2] = np.float32((cell & 511) - 256) * np.float32(1 / CORRECTION_STEPS)
+        if cell >> 16 & 15:
+            now.map_at[e] = SLOT_MAP + a * SLOT_MAP_CELLS + (cell >> 9 & 127) * 16 + (cell >> 28)
+            x[j + 1] = map_logit(fixed, past.maps[now.level, now.map_at[e]])
+            now.seen += a < SMALL_SLOTS
 
 
 @bare_kernel
 def learn_slots(fixed, past, now, bit):
-    """Move each expert's cell towards the bit; its count goes on by chance: see COUNTS."""
+    """Move each expert's cell towards the bit, and its correction against the error of the mix.
+
+    The count goes on by chance, see COUNTS, and the correction is rounded by chance.
+    """
+    error = np.float32(bit * 65536 - squashed(fixed, now.mixed[0])) * np.float32(1 / 65536)
     dice = ((past.marks[0].tokens * 16 + now.level) * 0x9E3779B1 >> 12) & 0xFFFF
-    for a in range(SLOTS):
+    for a in range(len(fixed.slot_rows)):
         cell = np.int64(past.slots[now.slot[a], now.cell_at])
-        count = cell & 15
+        logit, count, last = cell >> 16, cell >> 16 & 15, cell >> 9 & 127
         if bit:
-            after = np.int64(fixed.after_one[cell])
+            after = np.int64(fixed.after_one[logit])
         else:  # mirror the logit, learn a 1, mirror back; 0, which has no mirror, never occurs
-            after = 65536 - np.int64(fixed.after_one[65536 - cell + 2 * count])
-        past.slots[now.slot[a], now.cell_at] = after | (count + (dice < fixed.advance[count]))
+            after = 65536 - np.int64(fixed.after_one[65536 - logit + 2 * count])
+        after |= count + (dice < fixed.advance[count])
+        last = last << 1 & 63 | 64 if last & 64 else last << 1
+        chance = np.float32(dice + a * 0x9E37 & 0xFFFF) * np.float32(1 / 65536)
+        moved = np.float32(cell & 511) + error * fixed.agility[count]
+        correction = min(max(np.int64(moved + chance), 1), 511)
+        past.slots[now.slot[a], now.cell_at] = after << 16 | (last | bit) << 9 | correction
 
 
 # --------------------------------------------------------------------------------------------------
@@ -4126,38 +4191,39 @@ def learn_match(past, token):
 # Weight sets and the mix
 
 CHOOSERS = tuple(a for a, context in enumerate(SLOT_CONTEXTS) if context.chooses)
-# The rate is FIRST_RATE / (1 + FADE * visits of the row), at least LAST_RATE.
-FIRST_RATE, LAST_RATE, FADE = np.float32(0.005), np.float32(0.0002), np.float32(0.003)
-FIRST_WEIGHT, BIAS_INPUT = 0.15, 0.3  # summed over the sets; logit
+SMALL_SLOTS = sum(context.size == "small" for context in SLOT_CONTEXTS)
+# The rate is FIRST_RATE / (1 + FADE * visits of the row), at least LAST_RATE, over the inputs.
+FIRST_RATE, LAST_RATE, FADE = np.float32(0.06), np.float32(0.005), np.float32(0.003)
+FIRST_WEIGHTS, BIAS_INPUT = 2.4, 0.3  # summed over sets and inputs; logit
 LEAST_TRUST = np.float32(0.02)
 NET_WEIGHT, OTHERS = np.float32(0.3), np.float32(0.75)  # when the net joins: its weight, theirs
 
 
-CLASS_ROWS, WORD_ROWS = 1 << 15, 1 << 17  # of two sets whose choices are many: some share a row
+CLASS_ROWS, WORD_ROWS = 1 << 16, 1 << 17  # of two sets whose choices are many: some share a row
 
 
-def set_sizes(levels: int) -> list[int]:
+def set_sizes(vocab: int) -> list[int]:
     """Rows of each weight set, in the order of `choose_rows`."""
-    leaves = 1 << levels
-    known = [leaves, leaves, 8 * leaves, 8 * leaves, levels * (SLOTS + 1), 8 ** len(CHOOSERS)]
-    return [*known, 16 * levels, CLASS_ROWS, WORD_ROWS]
+    levels = tree_levels(vocab)
+    seen, counts = levels * (SMALL_SLOTS + 1), 8 ** len(CHOOSERS)
+    return [vocab, vocab, 8 * vocab, 8 * vocab, seen, counts, 16 * levels, CLASS_ROWS, WORD_ROWS]
 
 
 @bare_kernel
 def choose_rows(fixed, past, now):
     """Choose a row of each weight set for a decision."""
-    rows, counts = now.set_rows, 0
+    rows, counts, decision = now.set_rows, 0, fixed.decision[now.node]
     for a in CHOOSERS:
-        counts = counts * 8 + (np.int64(past.slots[now.slot[a], now.cell_at]) & 15) // 2
-    rows[0] = now.node
+        counts = counts * 8 + (np.int64(past.slots[now.slot[a], now.cell_at]) >> 17 & 7)
+    rows[0] = decision
     rows[1] = now.second_last
     rows[2] = now.last * 8 + min(now.level, 7)
-    rows[3] = now.age * len(fixed.token) + now.node
-    rows[4] = now.level * (SLOTS + 1) + now.seen
+    rows[3] = now.age * len(fixed.leaf) + decision
+    rows[4] = now.level * (SMALL_SLOTS + 1) + now.seen
     rows[5] = counts
     marks, above = past.marks[0], max(fixed.levels - CLASS_LEVELS, 0)
     rows[6] = min(marks.letters, 15) * fixed.levels + now.level
-    rows[7] = ((fixed.leaf[now.last] >> above) * len(fixed.token) + now.node) % CLASS_ROWS
+    rows[7] = ((fixed.leaf[now.last] >> above) * len(fixed.leaf) + decision) % CLASS_ROWS
     rows[8] = np.int64(mix_hash(marks.words[0], now.level) >> np.uint64(24)) % WORD_ROWS
     for k in range(SETS):
         rows[k] += fixed.first_row[k]
@@ -4168,16 +4234,16 @@ def mixed_logit(past, now, judge):
     """The inputs times the sum of the sets' rows. Every loop but the last becomes vectors."""
     products, x, weights = now.products, now.inputs[judge], past.weights[judge]
     row = weights[now.set_rows[0]]
-    for j in range(len(products)):
+    for j in range(len(row)):
         products[j] = row[j]
     for k in range(1, SETS):
         row = weights[now.set_rows[k]]
-        for j in range(len(products)):
+        for j in range(len(row)):
             products[j] += row[j]
-    for j in range(len(products)):
+    for j in range(len(row)):
         products[j] *= x[j]
     a = b = c = d = np.float32(0)
-    for j in range(0, WIDTH, 4):  # one order on every machine
+    for j in range(0, len(row), 4):  # one order on every machine
         a += products[j]
         b += products[j + 1]
         c += products[j + 2]
@@ -4190,11 +4256,12 @@ def learn_weights(fixed, past, now, judge, bit):
     """Take a gradient step with each of the sets' rows, smaller the more it has taken."""
     weights, visits, x = past.weights[judge], past.visits[judge], now.inputs[judge]
     error = np.float32(bit * 65536 - squashed(fixed, now.mixed[judge])) * np.float32(1 / 65536)
+    error /= np.float32(weights.shape[1])
     for k in range(SETS):
         row, n = weights[now.set_rows[k]], visits[now.set_rows[k]]
         visits[now.set_rows[k]] = n + np.float32(1)
         step = error * max(LAST_RATE, FIRST_RATE / (np.float32(1) + n * FADE))
-        for j in range(len(x)):  # a length unknown to the compiler: it makes vectors of this loop
+        for j in range(len(row)):  # a length unknown to the compiler: it makes vectors of the loop
             row[j] += step * x[j]
 
 
@@ -4344,7 +4411,7 @@ def predict_bit(fixed, past, now, mass):
     choose_rows(fixed, past, now)
     choose_apm_rows(fixed, past, now)
     if now.judges == 2:
-        for j in range(NET):
+        for j in range(MATCH_INPUT, past.weights.shape[2]):
             now.inputs[1, j] = now.inputs[0, j]
         now.inputs[1, NET] = fixed.stretch[(mass[2 * now.node + 1] << 12) // mass[now.node]]
     for judge in range(now.judges):
@@ -4392,11 +4459,14 @@ def code_path(fixed, past, now, mass, coder, leaf):
     for level in range(fixed.levels):
         now.level = level
         if level % SLOT_LEVELS == 0:
-            now.touched += touch_rows(past.slots, fixed.slot_rows, now.slot_keys, now.node,
-                                      now.slot_hashes, now.slot)  # fmt: skip
+            slots, rows = past.slots, fixed.slot_rows
+            now.touched += touch_rows(slots, rows, now.slot_keys, now.node, now.slot_hashes,
+                                      now.slot)  # fmt: skip
             if level == 0:
-                find_rows(past.candidates, now.candidate_hashes, now.found, 0xFFFF, 0)
-            find_rows(past.slots, now.slot_hashes, now.slot, 15, UNSEEN)
+                find_rows(past.candidates, fixed.candidate_rows, now.candidate_hashes, now.found,
+                          now.unknown, True, 0xFFFF, 0, past.marks[0].tokens)  # fmt: skip
+            find_rows(slots, rows, now.slot_hashes, now.slot, now.fresh, level == 0, 15 << 16,
+                      UNSEEN, past.marks[0].tokens)  # fmt: skip
             now.cell_at = 1
         bit = 0
         if fixed.inside[2 * now.node + 1]:  # else no token is there: nothing to decide
@@ -4435,14 +4505,16 @@ def code_tokens(mixer, coder, tokens, rows, nats):
 
 
 def table_rows(memory_mb: int) -> tuple[int, int, int]:
-    """Rows of `slots` (16 bytes), those that are for documents, rows of `candidates` (32 bytes)."""
-    slots = (memory_mb << 16) * 15 // 16 // WAYS * WAYS
+    """Rows of `slots`, those that are for documents, rows of `candidates`; all are 32 bytes."""
+    slots = (memory_mb << 15) * 15 // 16 // WAYS * WAYS
     return slots, min(1 << 19, slots // 8 // WAYS * WAYS), (memory_mb << 11) // WAYS * WAYS
 
 
-def new_fixed(tokenizer: Tokenizer, leaf: np.ndarray, memory_mb: int) -> Fixed:
+def new_fixed(tokenizer: Tokenizer, leaf: np.ndarray, memory_mb: int, size: str) -> Fixed:
     """The tables and the tree of a mixer."""
-    levels, (letters, sizes) = max(tokenizer.vocab - 1, 1).bit_length(), word_letters(tokenizer)
+    levels, of_size = tree_levels(tokenizer.vocab), SIZES[: SIZES.index(size) + 1]
+    contexts = tuple(context for context in SLOT_CONTEXTS if context.size in of_size)
+    letters, sizes = word_letters(tokenizer)
     slots, local, found = table_rows(memory_mb)
     token = np.full(1 << levels, -1, np.int64)
     token[leaf] = np.arange(tokenizer.vocab)
@@ -4451,27 +4523,31 @@ def new_fixed(tokenizer: Tokenizer, leaf: np.ndarray, memory_mb: int) -> Fixed:
         inside[node] = inside[2 * node] + inside[2 * node + 1]
     return Fixed(
         **mixer_tables(), leaf=leaf, token=token, inside=inside, starts=tokenizer.leading,
-        letters=letters, sizes=sizes,
-        slot_rows=context_rows(SLOT_CONTEXTS, ((local, slots - local), (0, local))),
+        letters=letters, sizes=sizes, decision=np.append(0, np.cumsum(inside[3::2] > 0) - 1),
+        slot_rows=context_rows(contexts, ((local, slots - local), (0, local))),
         candidate_rows=context_rows(CANDIDATE_CONTEXTS, ((0, found), (0, found))),
-        first_row=np.cumsum([0, *set_sizes(levels)[:-1]]), levels=levels, bos=max(tokenizer.bos, 0),
+        first_row=np.cumsum([0, *set_sizes(tokenizer.vocab)[:-1]]), levels=levels,
+        bos=max(tokenizer.bos, 0),
     )  # fmt: skip
 
 
-def new_past(levels: int, capacity: int, memory_mb: int) -> Past:
-    """What a mixer knows that has seen nothing, with room for `capacity` tokens."""
+def new_past(vocab: int, experts: int, capacity: int, memory_mb: int) -> Past:
+    """What a mixer with so many slot experts knows that has seen nothing, with room for `capacity`
+    tokens."""
     slots, _, found = table_rows(memory_mb)
-    meanings = np.concatenate([first_slot_maps(), first_candidate_maps(), first_match_maps()])
+    maps = np.concatenate([first_match_maps(), first_candidate_maps(), first_slot_maps(experts)])
+    levels, rows = tree_levels(vocab), sum(set_sizes(vocab))
+    width = -(-(SLOT_INPUT + 3 * experts) // LANES) * LANES
     hashed = min(1 << 16, memory_mb << 10)
     repeats = min(1 << 24, 1 << max(memory_mb << 13, 64).bit_length())
     marks = np.zeros(1, MARKS)
     marks["pieces"] = 1 << 50
     return Past(
-        slots=huge_zeros(8 * slots, np.uint16).reshape(-1, 8),
+        slots=huge_zeros(8 * (slots + SLOTS), np.uint32).reshape(-1, 8),  # see `find_rows`
         candidates=huge_zeros(8 * found, np.uint32).reshape(-1, 8),
-        maps=np.tile(meanings, (levels, 1)),
-        weights=np.full((2, sum(set_sizes(levels)), WIDTH), FIRST_WEIGHT / SETS, np.float32),
-        visits=np.zeros((2, sum(set_sizes(levels))), np.float32),
+        maps=np.tile(maps, (levels, 1)),
+        weights=np.full((2, rows, width), FIRST_WEIGHTS / SETS / 3 / experts, np.float32),
+        visits=np.zeros((2, rows), np.float32),
         apm=np.tile(first_apm_row(), (2, (1 << levels) + hashed, 1)),
         repeats=np.zeros(repeats, np.int32), history=np.zeros(capacity, np.int32), marks=marks,
     )  # fmt: skip
@@ -4483,13 +4559,15 @@ class LogisticMixer(ContextModel):
     state: Past
 
     def __init__(
-        self, tokenizer: Tokenizer, leaf: np.ndarray, capacity: int, memory_mb: int
-    ) -> None:
-        """leaf (V,): see `token_tree`; capacity: tokens that it will ever see."""
-        self.fixed, self.vocab = new_fixed(tokenizer, leaf, memory_mb), tokenizer.vocab
+        self, tokenizer: Tokenizer, leaf: np.ndarray, capacity: int, memory_mb: int,
+        size: str = Knobs.mixer_size,
+    ) -> None:  # fmt: skip
+        """leaf (V,): see `token_tree`; capacity: tokens that it will ever see; size: MIXER_SIZE."""
+        self.fixed, self.vocab = new_fixed(tokenizer, leaf, memory_mb, size), tokenizer.vocab
         if self.fixed.bos >= self.vocab:
             raise ValueError(f"BOS {self.fixed.bos} outside the vocabulary of {self.vocab}")
-        self.state = new_past(self.fixed.levels, capacity + 1, memory_mb)
+        experts = len(self.fixed.slot_rows)
+        self.state = new_past(self.vocab, experts, capacity + 1, memory_mb)
         self.now, self.mass = np.zeros(1, WORK), np.zeros(2 << self.fixed.levels, np.int64)
         self.now["inputs"][..., BIAS] = BIAS_INPUT
 
@@ -4566,7 +4644,8 @@ def new_context_model(
         alpha = None if cfg.ngram_alpha == "auto" else float(cfg.ngram_alpha)
         order, smoothing, bos = cfg.ngram_max_order, cfg.ngram_smoothing, max(tokenizer.bos, 0)
         return BackoffMixer(tokenizer.vocab, bos, order, smoothing, alpha, capacity)
-    return LogisticMixer(tokenizer, leaf, capacity, memory_mb or cfg.mixer_memory_mb)
+    memory_mb = memory_mb or cfg.mixer_memory_mb
+    return LogisticMixer(tokenizer, leaf, capacity, memory_mb, cfg.mixer_size)
 
 
 # ==================================================================================================
@@ -4574,7 +4653,7 @@ def new_context_model(
 # ==================================================================================================
 
 PACK_CHUNK = 1 << 14  # tokens per call of the kernel
-TREE_TOKENS = 2_000_000  # that the mixer's tree is made of
+TREE_TOKENS = 16_000_000  # that the mixer's tree is made of, at most
 MESSAGE_TOKENS = 256  # of validation text, coded by the mixer that packed: see EVALUATION
 
 
@@ -4647,7 +4726,7 @@ class Packer:
             self.leaf = token_tree(text[:TREE_TOKENS], self.tokenizer.vocab)
         text = text[: int(self.budget / 0.3)]  # a token takes more than 0.3 bytes
         room = len(text) + MESSAGE_TOKENS + 1
-        self.mixer = LogisticMixer(self.tokenizer, self.leaf, room, self.cfg.mixer_memory_mb)
+        self.mixer = new_context_model(self.cfg, self.tokenizer, self.leaf, room)
         for at in range(0, self.count, PACK_CHUNK):  # coded before a checkpoint: it has the code
             self.mixer.code(text[at : min(at + PACK_CHUNK, self.count)].astype(np.int64))
         while self.time_left() > 0:
@@ -4693,7 +4772,7 @@ class Packer:
         """What is packed, once all is; nothing, if it was ended before it began."""
         self.wait()
         room = MESSAGE_TOKENS + 1
-        args = self.tokenizer, self.leaf, room, self.cfg.mixer_memory_mb
+        args = self.tokenizer, self.leaf, room, self.cfg.mixer_memory_mb, self.cfg.mixer_size
         self.mixer = self.mixer or LogisticMixer(*args)
         digest = self.mixer.text_sha256()
         return PackedText(self.leaf, self.count, digest, self.coder.finish())
@@ -4927,7 +5006,7 @@ class Scoring:
         artifact = artifact or read_artifact(path)
         made_with, tokenizer = artifact.header["knobs"], artifact.tokenizer
         for name, value in settings_of(cfg, "model").items():
-            of_mixer = name == "MIXER_MEMORY_MB"
+            of_mixer = name in ("MIXER_MEMORY_MB", "MIXER_SIZE")
             if value != made_with[name] and not (of_mixer and cfg.mixer != "logistic"):
                 raise UserError(f"{name}={value}: {path} has {made_with[name]}: unset it")
         check_vocab(cfg, tokenizer)

@@ -67,7 +67,9 @@ def main() -> None:
         packer.start(0.0)
         packed = packer.finish()
         capacity = packed.token_count + len(text.tokens)
-        mixer = t.LogisticMixer(tokenizer, packed.leaf, capacity, cfg.mixer_memory_mb)
+        mixer = t.LogisticMixer(
+            tokenizer, packed.leaf, capacity, cfg.mixer_memory_mb, cfg.mixer_size
+        )
         t.unpack(mixer, packed, "priming")
         primed = mixer.save()
         for seed in range(seeds):

@@ -34,7 +34,7 @@ class Sides:
         t.mx.eval(self.model.parameters())  # here, as another thread takes the net's rows
         leaf = t.token_tree(self.text, tokenizer.vocab)
         capacity = 2 * runs * len(self.text)
-        self.mixer = t.LogisticMixer(tokenizer, leaf, capacity, cfg.mixer_memory_mb)
+        self.mixer = t.LogisticMixer(tokenizer, leaf, capacity, cfg.mixer_memory_mb, cfg.mixer_size)
         self.sliding_rows = list(self.rows("sliding"))
 
     def rows(self, mode: str) -> t.Parts:
