@@ -14,6 +14,8 @@
     python train_gpt_mlx_kl.py                        the whole chain on text that Python carries
     DATA_PATH=... TOKENIZER_PATH=... python train_gpt_mlx_kl.py         the public FineWeb layout
     EVAL_ONLY=logs/RUN/artifact.bin DATA_PATH=... python train_gpt_mlx_kl.py     score a file alone
+    MODE=sample ARTIFACT=logs/RUN PROMPT="..." python train_gpt_mlx_kl.py        write text with it
+    MODE=compress ARTIFACT=logs/RUN FILE=notes.txt python train_gpt_mlx_kl.py    and restore
 
 Everything is set by environment variables; `--help` lists them. The file reads top to bottom in
 the order in which data flows:
@@ -35,12 +37,14 @@ the order in which data flows:
     PACKING           training text inside the artifact, whose decoding primes the mixer
     EVALUATION        load, prime, decode the first tokens' code, score each position once, total
     AUDIT             causality, normalisation, bytes: checked through the code that scores
+    USE               a file token by token: samples of text; files compressed and restored
     MODES             two programs that meet in files, train and score; a doctor for machines
 """
 
 from __future__ import annotations
 
 import atexit
+import codecs
 import contextlib
 import ctypes
 import dataclasses
@@ -179,10 +183,10 @@ class Interrupts:
 interrupts = Interrupts()
 
 
-def say(text: str) -> None:
+def say(text: str, end: str = "\n") -> None:
     """Print a line. Where nobody can read it any more, the program is asked to end."""
     try:
-        print(text, flush=True)
+        print(text, end=end, flush=True)
     except OSError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # for the lines that are still to come
         if not interrupts.asked:
@@ -196,6 +200,7 @@ SCOPES = {  # what a knob is for
     "rate": "how fast it learns; an artifact keeps it, RESUME may change it after a divergence",
     "model": "what an artifact's numbers mean; RESUME and EVAL_ONLY refuse a change",
     "eval": "how a text is scored; an artifact keeps it, RESUME and EVAL_ONLY may change it",
+    "use": "what MODE=sample, compress and restore do with an ARTIFACT",
 }
 KEPT_SCOPES = ("train", "rate", "model", "eval")  # those of the settings in an artifact's header
 
@@ -214,8 +219,9 @@ def knob(default: Any, help: str, scope: str, lo=0, hi=1e18, choices="", alias="
 class Knobs:
     """The settings of a run. Defaults are the public stack's; PRESET changes some (see PRESETS)."""
 
-    mode: str = knob("train", "what to do; score: ARTIFACT; doctor: look at this machine", "run",
-                     choices="train score doctor")  # fmt: skip
+    mode: str = knob("train", "what to do; score, sample, compress, restore: with ARTIFACT; "
+                     "doctor: look at this machine", "run",
+                     choices="train score sample compress restore doctor")  # fmt: skip
     preset: str = knob("auto", "values of what is left unset; auto: cpu on a CPU, else mac", "run",
                        choices="auto cpu mac h100 baseline")  # fmt: skip
     run_id: str = knob("", "name of the run's folder; empty: date, time and seed", "run")
@@ -237,6 +243,7 @@ class Knobs:
     warmdown_iters: int = knob(3500, "last steps, over which the learning rate falls to 0", "run")
     warmdown_frac: float = knob(0.5, "share of the run that they are at most; 0: any", "run", hi=1)
     train_log_every: int = knob(200, "steps between train lines; 0: none", "run")
+    sample_every: int = knob(0, "steps between lines of text by the net; 0: none", "run")
     grad_accum_steps: int = knob(8, "microbatches per step and worker, at least", "run", lo=1)
     mlx_max_microbatch_tokens: int = knob(8192, "tokens per microbatch, at most", "run", lo=1)
     mlx_eager_eval: bool = knob(True, "one worker: compute each microbatch before the next", "run")
@@ -317,6 +324,16 @@ class Knobs:
     eval_seq_len: int = knob(0, "tokens per window; 0: TRAIN_SEQ_LEN", "eval", hi=1 << 16)
     eval_stride: int = knob(64, "tokens that a window advances", "eval", lo=1, hi=1 << 16)
     eval_batch_seqs: int = knob(16, "windows per batch", "eval", lo=1, hi=4096)
+
+    prompt: str = knob("", "sample: text that the sample goes on from", "use")
+    sample_tokens: int = knob(200, "sample: tokens at most", "use")
+    sample_with: str = knob("all", "sample: who says what comes next", "use",
+                            choices="all net contexts")  # fmt: skip
+    temperature: float = knob(0.8, "sample: log-probabilities are divided by it", "use", hi=100)
+    top_p: float = knob(0.95, "sample: share of the likeliest tokens, others not", "use", hi=1)
+    file: str = knob("", "compress, restore: path of the file", "use")
+    output: str = knob("", "their result; empty: FILE.tgk, or FILE without .tgk", "use")
+    with_net: bool = knob(False, "compress: with the net too, for this machine alone", "use")
 
 
 PRESETS = {
@@ -502,7 +519,8 @@ def check_together(cfg: Knobs) -> list[str]:
             2 * cfg.engram_n_heads * cfg.engram_hash_size * cfg.engram_embed_dim <= 1 << 28,
         "RUN_ID={run_id}: use letters, digits and . _ + = -, the first no sign":
             re.fullmatch(r"(\w[\w.+=-]*)?", cfg.run_id),
-        "MODE=score needs ARTIFACT: which file?": cfg.eval_only or cfg.mode != "score",
+        "MODE={mode} needs ARTIFACT: which file?": cfg.eval_only or cfg.mode in ("train", "doctor"),
+        "MODE={mode} needs FILE: which one?": cfg.file or cfg.mode not in ("compress", "restore"),
         "RESUME=1 needs RUN_ID: which run should go on?": cfg.run_id or not cfg.resume,
         "NGRAM_ALPHA={ngram_alpha}: must be from 0 to 1, or auto":
             re.fullmatch(r"auto|0|1|0?\.\d+|[01]\.0*", cfg.ngram_alpha),
@@ -1677,6 +1695,8 @@ def cpu_cross_entropy(cap: float) -> Callable[..., list[Array]]:
 # ==================================================================================================
 
 RMS_EPS = 1e-6
+CONTEXT_TOKENS = 5  # at a position, itself among them, that embeddings and hashes look at
+Caches = list[list[Array]]
 
 
 def rms_norm(x: Array) -> Array:
@@ -1751,19 +1771,28 @@ class Attention(nn.Module):
         self.proj = Linear(mx.zeros((d, d)))
         self.q_gain = mx.full((self.heads,), cfg.qk_gain_init)
 
-    def __call__(self, x: Array, gain: Array, training: bool) -> Array:
-        """(B, T, D) -> (B, T, D), times gain (D,)."""
+    def __call__(
+        self, x: Array, gain: Array, training: bool, cache: list[Array] | None = None
+    ) -> Array:
+        """(B, T, D) -> (B, T, D), times gain (D,); cache: see `GPT.logits`."""
         batch, length, _ = x.shape
 
         def split(y: Array, heads: int) -> Array:
             return y.reshape(batch, length, heads, self.head_dim)
 
         q_gain = mx.minimum(self.q_gain, SCORE_LIMIT / self.head_dim**0.5)
-        rope = self.rope_dims, self.rope_base
+        rope = self.rope_dims, self.rope_base, cache[0].shape[2] if cache else 0
         q = scaled(rotary(rms_norm(split(self.c_q(x), self.heads)), *rope), q_gain[:, None, None])
         k = rotary(rms_norm(split(self.c_k(x), self.kv_heads)), *rope)
         v = split(self.c_v(x), self.kv_heads).transpose(0, 2, 1, 3)
-        y = causal_attention(q, k, v, self.head_dim**-0.5, training)
+        if cache is None:
+            y = causal_attention(q, k, v, self.head_dim**-0.5, training)
+        else:
+            old = cache or [k[:, :, :0], v[:, :, :0]]
+            cache[:] = (mx.concatenate(pair, axis=2) for pair in zip(old, (k, v), strict=True))
+            y = mx.fast.scaled_dot_product_attention(
+                q, *cache, scale=self.head_dim**-0.5, mask="causal"
+            )
         if self.xsa:
             own = mx.repeat(v, self.heads // self.kv_heads, axis=1)
             own = own * mx.rsqrt(row_sum(own * own) + 1e-6).astype(x.dtype)
@@ -1771,15 +1800,15 @@ class Attention(nn.Module):
         return self.proj(y.transpose(0, 2, 1, 3).reshape(batch, length, -1), gain)
 
 
-def rotary(x: Array, dims: int, base: float) -> Array:
+def rotary(x: Array, dims: int, base: float, first: int = 0) -> Array:
     """RoPE on the first `dims` of d, neighbours in pairs: (B, T, H, d) -> (B, H, T, d).
 
-    MLX's kernel, or on a CPU a complex product.
+    first: position of the first one. MLX's kernel, or on a CPU a complex product from 0 on.
     """
-    if on_cpu():
+    if on_cpu() and not first:
         return cpu_rotate(x, rope_turns(x.shape[1], x.shape[3], dims, base)).transpose(0, 2, 1, 3)
     x = x.transpose(0, 2, 1, 3)
-    return mx.fast.rope(x, dims, traditional=True, base=base, scale=1.0, offset=0)
+    return mx.fast.rope(x, dims, traditional=True, base=base, scale=1.0, offset=first)
 
 
 def causal_attention(q: Array, k: Array, v: Array, scale: float, training: bool) -> Array:
@@ -1835,10 +1864,12 @@ class Block(nn.Module):
         self.resid_mix = mx.stack([mx.ones((cfg.model_dim,)), mx.zeros((cfg.model_dim,))])
         self.depth_scale = 1 / math.sqrt(index + 1) if cfg.ln_scale_enabled else 1.0
 
-    def __call__(self, x: Array, x0: Array, training: bool) -> Array:
+    def __call__(
+        self, x: Array, x0: Array, training: bool, cache: list[Array] | None = None
+    ) -> Array:
         """x, x0 (B, T, D) -> (B, T, D); x0 is the embedding."""
         x = scaled(x, self.resid_mix[0]) + scaled(x0, self.resid_mix[1])
-        x = x + self.attn(rms_norm(x), self.attn_scale * self.depth_scale, training)
+        x = x + self.attn(rms_norm(x), self.attn_scale * self.depth_scale, training, cache)
         return x + self.mlp(rms_norm(x), self.mlp_scale * self.depth_scale**2)
 
 
@@ -1918,26 +1949,27 @@ class GPT(nn.Module):
             x = x + scaled(before, mx.sigmoid(self.smear_gate))
         return rms_norm(x)
 
-    def trunk(self, x: Array, training: bool) -> Array:
+    def trunk(self, x: Array, training: bool, caches: Caches | None = None) -> Array:
         """Embedding (B, T, D) -> features for the head (B, T, D)."""
         x0, half, kept = x, len(self.blocks) // 2, []
         for i, block in enumerate(self.blocks):
             if i >= half and kept:
                 x = x + scaled(kept.pop(), self.skips[i - half])
-            x = block(x, x0, training)
+            x = block(x, x0, training, None if caches is None else caches[i])
             if i < half:
                 kept.append(x)
         return rms_norm(x)
 
     def head_inputs(
-        self, x: Array, last: int, training: bool = False
-    ) -> tuple[Array, Array, Array]:
+        self, x: Array, last: int, training: bool = False, caches: Caches | None = None,
+        seen: int = 0,
+    ) -> tuple[Array, Array, Array]:  # fmt: skip
         """Inputs (B, T) -> (f (B*last, K), weight (V, K), bias (B*last, V) or (1, 1)).
 
         The uncapped logits of the last positions are f @ weight.T + bias.
         """
-        context = document_context(x, self.bos, 5)
-        h = self.trunk(self.embed(context), training)[:, -last:]
+        context = document_context(x, self.bos, CONTEXT_TOKENS)
+        h = self.trunk(self.embed(context)[:, seen:], training, caches)[:, -last:]
         recent = [c[:, -last:] for c in context]
         f, weight, bias = [h], [self.tok_emb], mx.zeros((1, 1))
         if "engram" in self:
@@ -1967,12 +1999,14 @@ class GPT(nn.Module):
         logits = (f @ weight.T + bias).astype(mx.float32)
         return nn.losses.cross_entropy(self.cap * mx.tanh(logits / self.cap), y)
 
-    def logits(self, x: Array, last: int) -> Array:
+    def logits(self, x: Array, last: int, caches: Caches | None = None, seen: int = 0) -> Array:
         """Inputs (B, T) -> soft-capped logits after the last positions: (B, last, V) float32.
 
         Scores are made of these: the head takes MLX's exact functions in float32 on every device.
+        caches: a list per block, at first empty, of its keys and values (B, Hkv, n, d) of the
+        window so far, which grow; x then starts with the last `seen` inputs that they know.
         """
-        f, weight, bias = self.head_inputs(x, last)
+        f, weight, bias = self.head_inputs(x, last, False, caches, seen)
         f, weight, bias = (a.astype(mx.float32) for a in (f, weight, bias))
         logits = self.cap * mx.tanh((f @ weight.T + bias) / self.cap)
         return logits.reshape(x.shape[0], last, -1)
@@ -3015,8 +3049,9 @@ class Keeper:
 
 
 def train(
-    trainer: Trainer, report: Report, validate: Callable[[Trainer], None], keeper: Keeper
-) -> None:
+    trainer: Trainer, report: Report, validate: Callable[[Trainer], None],
+    sample: Callable[[Trainer], None], keeper: Keeper,
+) -> None:  # fmt: skip
     """Take steps until the steps or the clock are used up; log, validate and save on the way."""
     cfg, ranks = trainer.cfg, trainer.ranks
 
@@ -3030,6 +3065,8 @@ def train(
                 with interrupts.free():
                     validate(trainer)
             report_step(trainer, report, trainer.take_step())
+            if due(cfg.sample_every) and report.folder:
+                sample(trainer)
             # Each rank has a clock of its own.
             save = due(cfg.checkpoint_every) or keeper.due()
             asked, save = ranks.any(bool(interrupts.asked), save)
@@ -4650,6 +4687,42 @@ def check_message(
     return f"{len(nats)} tokens decoded from {len(code)} bytes, {decoded / 8:.1f} claimed"
 
 
+def load_net(cfg: Knobs, path: Path, artifact: Artifact) -> GPT:
+    """An artifact's net. Raises UserError where settings give its numbers another meaning."""
+    made_with, tokenizer = artifact.header["knobs"], artifact.tokenizer
+    for name, value in settings_of(cfg, "model").items():
+        of_mixer = name == "MIXER_MEMORY_MB"
+        if value != made_with[name] and not (of_mixer and cfg.mixer != "logistic"):
+            raise UserError(f"{name}={value}: {path} has {made_with[name]}: unset it")
+    check_vocab(cfg, tokenizer)
+    if cfg.mixer == "logistic" and not artifact.packed:
+        raise UserError(f"MIXER=logistic: {path} was made with MIXER={made_with['MIXER']}")
+    held = sum(p.size for p in artifact.params.values())
+    if least_parameters(cfg, tokenizer.vocab) > held:
+        raise UserError(f"{path}: its settings ask for more parameters than its {held:,}")
+    quick = dataclasses.replace(cfg, use_ortho_init=False)  # its first weights are not used
+    model = GPT(quick, tokenizer.vocab, tokenizer.bos)
+    try:
+        model.load_weights(list(artifact.params.items()))
+    except ValueError as error:
+        raise UserError(f"{path}: its tensors do not fit its settings: {error}") from None
+    mx.eval(model.parameters())  # here, as another thread takes the net's rows
+    return model
+
+
+def prime_contexts(cfg: Knobs, artifact: Artifact, tokens: int) -> ContextModel:
+    """A context model for so many tokens, which has read the artifact's text and nothing else."""
+    packed = artifact.packed if cfg.mixer == "logistic" else None
+    leaf, paid = (packed.leaf, packed.token_count) if packed else (None, 0)
+    context_model = new_context_model(cfg, artifact.tokenizer, leaf, tokens + paid)
+    if packed:
+        unpack(context_model, packed, "priming")
+    if context_model.learned != paid:
+        learned = context_model.learned
+        raise AuditFailed("paid text", f"learned {learned} tokens, paid {paid}")
+    return context_model
+
+
 @dataclass
 class Scoring:
     """An artifact, reloaded from disk, a text, and the stages that make a score of them."""
@@ -4670,39 +4743,13 @@ class Scoring:
     ) -> Scoring:  # fmt: skip
         """Read the validation shards of a folder, and the artifact unless it has been read."""
         artifact = artifact or read_artifact(path)
-        made_with, tokenizer = artifact.header["knobs"], artifact.tokenizer
-        for name, value in settings_of(cfg, "model").items():
-            of_mixer = name == "MIXER_MEMORY_MB"
-            if value != made_with[name] and not (of_mixer and cfg.mixer != "logistic"):
-                raise UserError(f"{name}={value}: {path} has {made_with[name]}: unset it")
-        check_vocab(cfg, tokenizer)
-        if cfg.mixer == "logistic" and not artifact.packed:
-            raise UserError(f"MIXER=logistic: {path} was made with MIXER={made_with['MIXER']}")
-        held = sum(p.size for p in artifact.params.values())
-        if least_parameters(cfg, tokenizer.vocab) > held:
-            raise UserError(f"{path}: its settings ask for more parameters than its {held:,}")
-        quick = dataclasses.replace(cfg, use_ortho_init=False)  # its first weights are not used
-        model = GPT(quick, tokenizer.vocab, tokenizer.bos)
-        try:
-            model.load_weights(list(artifact.params.items()))
-        except ValueError as error:
-            raise UserError(f"{path}: its tensors do not fit its settings: {error}") from None
-        mx.eval(model.parameters())  # here, as another thread takes the net's rows
-        text = load_validation(folder, tokenizer, cfg.val_max_tokens)
+        model = load_net(cfg, path, artifact)
+        text = load_validation(folder, artifact.tokenizer, cfg.val_max_tokens)
         return cls(cfg, path, artifact, model, text, workers)
 
     def prime(self) -> ContextModel:
         """A context model that has read the artifact's text, and nothing else."""
-        packed = self.artifact.packed if self.cfg.mixer == "logistic" else None
-        leaf, paid = (packed.leaf, packed.token_count) if packed else (None, 0)
-        capacity = len(self.text.tokens) + paid
-        context_model = new_context_model(self.cfg, self.artifact.tokenizer, leaf, capacity)
-        if packed:
-            unpack(context_model, packed, "priming")
-        if context_model.learned != paid:
-            learned = context_model.learned
-            raise AuditFailed("paid text", f"learned {learned} tokens, paid {paid}")
-        return context_model
+        return prime_contexts(self.cfg, self.artifact, len(self.text.tokens))
 
     def message_facts(self) -> dict[str, Any]:
         """What a message says of itself: nothing of it may differ where it is decoded."""
@@ -4962,6 +5009,538 @@ class Audit:
 
 
 # ==================================================================================================
+# USE: a file token by token: samples of text by an artifact; files compressed and restored
+# ==================================================================================================
+
+CHUNK_BYTES = 1 << 20  # of a file that is read or written at once
+
+
+class NetReader:
+    """The net, which reads a text token by token; a key-value cache makes that one position each.
+
+    Windows follow each other as in scoring: when one is full, all of it but its first `stride`
+    tokens is read anew, as the next one's start.
+    """
+
+    def __init__(self, model: GPT, length: int, stride: int) -> None:
+        """length: tokens per window."""
+        self.model, self.length, self.stride = model, length, stride
+        self.window: list[int] = []
+        self.caches: Caches = []
+        self.logs: np.ndarray | None = None  # (V,) float32 nats: what comes next, by all so far
+
+    def read(self, token: int) -> None:
+        """Read the text's next token."""
+        known = len(self.window)
+        if known in (0, self.length):
+            self.window, known = self.window[self.stride :], 0
+            self.caches = [[] for _ in self.model.blocks]
+        self.window.append(token)
+        seen = min(known, CONTEXT_TOKENS - 1)
+        inputs = mx.array(self.window[known - seen :])[None]
+        self.logs = log_softmax(np.array(self.model.logits(inputs, 1, self.caches, seen))[0, 0])
+
+
+@kernel
+def walk_tree(mixer, row, logs):
+    """Write ln P (2^(L+1),) of each node of the tree by a mixer that learns nothing meanwhile.
+
+    mixer: see `code_tokens`; row: (V,) of its rows, or (0,). The tables' rows that the nodes call
+    for are put back.
+    """
+    fixed, past, now, mass = Fixed(*mixer[0]), Past(*mixer[1]), mixer[2][0], mixer[3]
+    now.judges = 2 if len(row) else 1
+    begin_token(fixed, past, now)
+    if len(row):
+        net_masses(fixed, mass, row)
+    first, candidates = now.found.copy(), np.zeros((CANDIDATES, WAYS, 8), np.uint32)
+    for a in range(CANDIDATES):
+        candidates[a] = past.candidates[first[a] : first[a] + WAYS]
+    find_rows(past.candidates, now.candidate_hashes, now.found, 0xFFFF, 0)
+    slots = np.zeros((SLOTS, WAYS, 8), np.uint16)
+    logs[1] = 0.0
+    for level in range(0, fixed.levels, SLOT_LEVELS):
+        for top in range(1 << level, 2 << level):
+            if not fixed.inside[top]:
+                continue
+            now.touched += touch_rows(past.slots, fixed.slot_rows, now.slot_keys, top,
+                                      now.slot_hashes, now.slot)  # fmt: skip
+            begin = now.slot.copy()
+            for a in range(SLOTS):
+                slots[a] = past.slots[begin[a] : begin[a] + WAYS]
+            find_rows(past.slots, now.slot_hashes, now.slot, 15, UNSEEN)
+            for cell_at in range(1, 1 << min(SLOT_LEVELS, fixed.levels - level)):
+                below = 0
+                while cell_at >> below > 1:
+                    below += 1
+                now.cell_at, now.level = cell_at, level + below
+                now.node = node = (top << below) + cell_at - (1 << below)
+                logs[2 * node], logs[2 * node + 1] = logs[node], -np.inf
+                if fixed.inside[2 * node + 1]:
+                    predict_bit(fixed, past, now, mass)
+                    p = now.p[now.judges - 1] / 65536
+                    logs[2 * node] += math.log(1 - p)
+                    logs[2 * node + 1] = logs[node] + math.log(p)
+            for a in range(SLOTS):
+                past.slots[begin[a] : begin[a] + WAYS] = slots[a]
+    for a in range(CANDIDATES):
+        past.candidates[first[a] : first[a] + WAYS] = candidates[a]
+
+
+class Predictor:
+    """The primed mixer, the net, or both together, on a text that comes token by token."""
+
+    def __init__(self, mixer: LogisticMixer | None, net: NetReader | None) -> None:
+        self.mixer, self.net = mixer, net
+
+    def code(self, tokens: np.ndarray, coder: Coder | None = None) -> None:
+        """Read tokens (m,) int64; with a coder, write their code or decode them in place."""
+        if not self.net:
+            self.mixer.code(tokens, None, coder)
+            return
+        for i in range(len(tokens)):
+            logs = None if self.net.logs is None else self.net.logs[None]
+            if self.mixer:
+                self.mixer.code(tokens[i : i + 1], logs, coder)
+            self.net.read(int(tokens[i]))
+
+    def log_probabilities(self) -> np.ndarray:
+        """ln P of each token to come next: (V,), which sums to 1.
+
+        The mixer's is taken at rest: in scoring it learns from a token's first decisions before it
+        is asked for its last ones, which moves a probability by a few per cent of itself.
+        """
+        if not self.mixer:
+            return self.net.logs
+        mixer, row = self.mixer, np.zeros(0, np.uint32)
+        if self.net:
+            row = (np.exp(np.minimum(self.net.logs, 0)) * np.float32(1 << 30)).astype(np.uint32)
+            if not mixer.state.marks["joined"][0]:
+                join_net(mixer.state)
+        nodes = np.full(2 << mixer.fixed.levels, -np.inf)
+        walk_tree((tuple(mixer.fixed), tuple(mixer.state), mixer.now, mixer.mass), row, nodes)
+        return nodes[(1 << mixer.fixed.levels) + mixer.fixed.leaf]
+
+
+def draw(logs: np.ndarray, temperature: float, top_p: float, rng: np.random.Generator) -> int:
+    """A token by ln P / temperature, out of the likeliest whose share reaches top_p; logs (V,)."""
+    if not temperature:
+        return int(logs.argmax())
+    p = np.exp((logs - logs.max()) / max(temperature, 1e-3))
+    order = np.argsort(-p, kind="stable")
+    total = np.cumsum(p[order])
+    total = total[: int(np.searchsorted(total, top_p * total[-1])) + 1]
+    return int(
+        order[min(np.searchsorted(total, rng.random() * total[-1], "right"), len(total) - 1)]
+    )
+
+
+def sampled(
+    predictor: Predictor, prompt: Sequence[int], count: int, cfg: Knobs, rng: np.random.Generator
+) -> Iterator[int]:
+    """At most so many tokens that go on from a prompt, to the document's end."""
+    predictor.code(np.array(prompt, np.int64))
+    for _ in range(count):
+        token = draw(predictor.log_probabilities(), cfg.temperature, cfg.top_p, rng)
+        if token == prompt[0]:
+            return
+        yield token
+        predictor.code(np.array([token], np.int64))
+
+
+class Pieces:
+    """A tokenizer that any bytes go through, and come back from exactly.
+
+    Its SentencePiece model is loaded with its normalisation off: it drops no spaces and replaces no
+    characters. What no piece spells, such as bytes that are not UTF-8, goes as byte pieces.
+    """
+
+    # A protobuf message behind another overrides its fields: normalizer_spec { name: "identity"
+    # precompiled_charsmap: "" add_dummy_prefix: 0 remove_extra_whitespaces: 0 }
+    as_is = b"\x1a\x10\x0a\x08identity\x12\x00\x18\x00\x20\x00"
+
+    def __init__(self, path: Path, facts: Tokenizer) -> None:
+        import sentencepiece
+
+        self.path, self.dummy_prefix = path, facts.dummy_prefix
+        load = sentencepiece.SentencePieceProcessor
+        self.model = load(model_proto=path.read_bytes() + self.as_is)
+        usual = load(model_file=str(path))
+        self.keeps_lines = "\n" in usual.decode(usual.encode("a\nb"))
+        self.texts = [text.encode() for text in piece_texts(path)]
+        pieces = enumerate(self.model.id_to_piece(list(range(facts.vocab))))
+        self.byte_ids = {int(text[1:-1], 16): i for i, text in pieces if self.model.is_byte(i)}
+        for byte, i in self.byte_ids.items():
+            self.texts[i] = bytes([byte])
+
+    def need_bytes(self) -> None:
+        """Raises UserError unless any byte can be written."""
+        if len(self.byte_ids) < 256:
+            raise UserError(f"TOKENIZER_PATH={self.path}: made without byte_fallback, it lacks the "
+                            "256 byte pieces that any text can be written with")  # fmt: skip
+
+    def encode(self, raw: bytes) -> list[int]:
+        """Tokens whose `decode` is `raw`."""
+        runs = re.split("([\udc80-\udcff\u2581]+)", raw.decode("utf-8", "surrogateescape"))
+        ids = []
+        for i, run in enumerate(runs):
+            ids += self.as_bytes(run) if i % 2 else self.encode_run(run)
+        return ids
+
+    def encode_run(self, run: str) -> list[int]:
+        """The tokenizer's own tokens, or of as much of a run as is exact with them."""
+        ids, half = self.model.encode(run), len(run) // 2
+        if self.decode(ids) == run.encode():
+            return ids
+        return self.encode_run(run[:half]) + self.encode_run(run[half:]) if half else (
+            self.as_bytes(run))  # fmt: skip
+
+    def as_bytes(self, run: str) -> list[int]:
+        """The run's byte pieces."""
+        return [self.byte_ids[byte] for byte in run.encode("utf-8", "surrogateescape")]
+
+    def decode(self, ids: Sequence[int]) -> bytes:
+        """The text of tokens."""
+        return b"".join(map(self.texts.__getitem__, ids))
+
+    def tokens_of(self, chunks: Iterator[bytes], lines: bool) -> Iterator[np.ndarray]:
+        """A file's tokens; lines: each line but the first begins with a space, as words do."""
+        for i, raw in enumerate(chunks):
+            raw = raw.replace(b"\n", b"\n ") if lines else raw
+            start = b" " if self.dummy_prefix and not i else b""
+            yield np.array(self.encode(start + raw), np.uint16)
+
+    def text_of(self, parts: Iterator[np.ndarray], lines: bool) -> Iterator[bytes]:
+        """The inverse of `tokens_of`, whatever the parts."""
+        start, held = int(self.dummy_prefix), b""
+        for part in parts:
+            raw = held + self.decode(part.tolist())[start:]
+            start, held = (0 if raw else start), b""
+            if lines:
+                raw, held = (raw[:-1], b"\n") if raw.endswith(b"\n") else (raw, b"")
+                raw = raw.replace(b"\n ", b"\n")
+            yield raw
+        yield held
+
+
+def find_pieces(cfg: Knobs, facts: Tokenizer) -> Pieces:
+    """The tokenizer that an artifact was made with. Raises UserError where it is not found."""
+    paths = sorted((HERE / "data" / "tokenizers").glob("*.model"))
+    if cfg.data_path:
+        with contextlib.suppress(UserError):
+            paths.append(tokenizer_beside(Path(cfg.data_path)))
+    if cfg.tokenizer_path:
+        paths = [Path(cfg.tokenizer_path)]
+    for path in paths:
+        if path.is_file() and file_sha256(path) == facts.sha256:
+            return Pieces(path, facts)
+    tried = f"{cfg.tokenizer_path} is not it" if cfg.tokenizer_path else "none was found"
+    raise UserError(f"TOKENIZER_PATH: the artifact's tokenizer is needed, whose SHA-256 begins "
+                    f"with {facts.sha256[:8]}; {tried}")  # fmt: skip
+
+
+@dataclass
+class Use:
+    """An artifact in use: its net, its mixer, and its tokenizer where it is needed."""
+
+    cfg: Knobs
+    path: Path  # of the artifact
+    artifact: Artifact
+
+    @classmethod
+    def load(cls, path: Path, env: dict[str, str]) -> Use:
+        """Read an artifact, with its own settings where the environment has no others."""
+        path = path / "artifact.bin" if path.is_dir() else path
+        artifact = read_artifact(path)
+        cfg, warnings = knobs_from_env(env, kept=artifact.header["knobs"])
+        cfg = dataclasses.replace(cfg, mixer="logistic" if artifact.packed else "off")
+        for warning in warnings:
+            print(f"warning: {warning}", file=sys.stderr)
+        use_device(cfg)
+        return cls(cfg, path, artifact)
+
+    @property
+    def bos(self) -> int:
+        """What a text starts with."""
+        return max(self.artifact.tokenizer.bos, 0)
+
+    def predictor(self, tokens: int, mixed: bool, net: bool, stride: int) -> Predictor:
+        """What says, of a text of so many tokens, which comes next; stride: see `NetReader`."""
+        model, mixer = load_net(self.cfg, self.path, self.artifact), None
+        if mixed and self.artifact.packed:
+            mixer = prime_contexts(self.cfg, self.artifact, tokens)
+        elif mixed:
+            facts = self.artifact.tokenizer
+            mixer = LogisticMixer(facts, np.arange(facts.vocab), tokens, UNPRIMED_MB)
+        window = eval_shape(self.cfg)[0]
+        return Predictor(mixer, NetReader(model, window, stride) if net else None)
+
+
+UNPRIMED_MB = 64  # of tables for a mixer that knows a file's beginning alone
+
+
+def sample_mode(use: Use) -> None:
+    """Print what an artifact has to say, as it comes."""
+    cfg, facts = use.cfg, use.artifact.tokenizer
+    contexts = cfg.sample_with != "net" and use.artifact.packed
+    if cfg.sample_with == "contexts" and not contexts:
+        raise UserError(f"SAMPLE_WITH=contexts: {use.path} has none, only a net")
+    pieces = find_pieces(cfg, facts)
+    start = b" " if facts.dummy_prefix else b""
+    prompt = [use.bos, *pieces.encode(start + os.fsencode(cfg.prompt) if cfg.prompt else b"")]
+    with contextlib.redirect_stdout(sys.stderr):  # the sample alone is the output
+        stride = max(eval_shape(cfg)[0] // 2, 1)
+        net = cfg.sample_with != "contexts"
+        count = len(prompt) + cfg.sample_tokens
+        predictor = use.predictor(count, bool(contexts), net, stride)
+    say(cfg.prompt, end="")
+    rng = np.random.default_rng(cfg.seed)
+    tokens = sampled(predictor, prompt, cfg.sample_tokens, cfg, rng)
+    for text in streamed(tokens, pieces, skip=bool(start) and not cfg.prompt):
+        say(text, end="")
+    say("")
+
+
+def streamed(tokens: Iterator[int], pieces: Pieces, skip: bool) -> Iterator[str]:
+    """The text of tokens, as it comes, in whole characters; skip: leave out a space before it."""
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    for token in tokens:
+        yield decoder.decode(pieces.texts[token][skip:])
+        skip = False
+    yield decoder.decode(b"", True)
+
+
+def report_sample(pieces: Pieces, report: Report, trainer: Trainer) -> None:
+    """Report a line of text by the weights that would be exported now."""
+    model, cfg = trainer.model, trainer.cfg
+    model.update(tree_unflatten(list(trainer.average.items())))
+    window = eval_shape(cfg)[0]
+    net, rng = NetReader(model, window, max(window // 2, 1)), np.random.default_rng(cfg.seed)
+    tokens = sampled(Predictor(None, net), [max(model.bos, 0)], TRAINING_SAMPLE, cfg, rng)
+    text = "".join(streamed(tokens, pieces, pieces.dummy_prefix))
+    event = {"event": "sample", "step": trainer.step, "text": text}
+    report.event(event, "step:{step}/{n} sample:{text!r}")
+
+
+TRAINING_SAMPLE = 40  # tokens
+
+# A .tgk file: TGK_MAGIC; a byte of flags; 4 bytes of the artifact's SHA-256; the number of tokens,
+# 7 bits per byte, the lowest first, bit 7 set in all but the last; the CRC-32 of the file; with
+# NET 2 bytes that say what machine it was; then the tokens' arithmetic code. The first token of a
+# file that is no shard is BOS: it is counted, not coded.
+TGK_MAGIC = b"\x9ek"
+TGK_FORMAT, SHARD, LINES, NET_TOO = 0x10, 1, 2, 4
+
+
+class Compressed(NamedTuple):
+    """What a .tgk file holds."""
+
+    flags: int
+    artifact: bytes  # (4,)
+    count: int
+    crc: int
+    machine: bytes  # (2,), or (0,) without the net
+    code: bytes
+
+    def to_bytes(self) -> bytes:
+        """The file."""
+        count, left = bytearray(), self.count
+        while left > 127:
+            count.append(left & 127 | 128)
+            left >>= 7
+        count.append(left)
+        flags, crc = bytes([TGK_FORMAT | self.flags]), self.crc.to_bytes(4, "little")
+        return b"".join([TGK_MAGIC, flags, self.artifact, count, crc, self.machine, self.code])
+
+    @classmethod
+    def from_bytes(cls, path: Path, raw: bytes) -> Compressed:
+        """Raises UserError for what is no such file."""
+        if raw[:2] != TGK_MAGIC:
+            raise UserError(f"FILE={path}: not a file that MODE=compress has made")
+        at, count = 7, 0
+        while at < len(raw) and raw[at] > 127 and at < 13:
+            at += 1
+        for byte in reversed(raw[7 : at + 1]):
+            count = count << 7 | byte & 127
+        end = at + 5 + 2 * bool(len(raw) > 2 and raw[2] & NET_TOO)
+        # A token costs 0.00002 bits at least: no count is too high to have been written.
+        if len(raw) < end + 1 or not 0 < count <= len(raw) << 19:
+            raise UserError(f"FILE={path}: damaged, or cut short: its first bytes make no sense")
+        if raw[2] & 0xF8 != TGK_FORMAT:
+            raise UserError(f"FILE={path}: made by another version of this script, or damaged")
+        crc = int.from_bytes(raw[at + 1 : at + 5], "little")
+        return cls(raw[2] & 7, raw[3:7], count, crc, raw[at + 5 : end], raw[end:])
+
+
+def shard_tokens(path: Path, vocab: int) -> np.ndarray | None:
+    """The tokens of a file that is a shard, or None: one that they and their number make again."""
+    try:
+        shard = Shard(path)
+        tokens = check_ids(shard[:], vocab, path)
+    except UserError:
+        return None
+    with open(path, "rb") as file:
+        same = file.read(4 * SHARD_HEADER_INTS) == shard_header(len(shard))
+    return tokens if same and len(tokens) else None
+
+
+def shard_header(count: int) -> bytes:
+    """The bytes before a shard's tokens."""
+    ints = np.zeros(SHARD_HEADER_INTS, "<i4")
+    ints[:3] = SHARD_MAGIC, SHARD_VERSION, count
+    return ints.tobytes()
+
+
+def file_chunks(path: Path) -> Iterator[bytes]:
+    """A file, cut before line ends or else before spaces, where there are such."""
+    rest = b""
+    with open(path, "rb") as file:
+        while more := file.read(CHUNK_BYTES):
+            rest += more
+            cut = max(rest.rfind(b"\n"), 0) or max(rest.rfind(b" "), 0) or len(rest)
+            yield rest[:cut]
+            rest = rest[cut:]
+    yield rest
+
+
+def machine_mark(cfg: Knobs) -> bytes:
+    """2 bytes that differ where the net's numbers might."""
+    facts = machine_kind(), processor_name(), mx.__version__, compute_dtype(cfg), cpu_cores()
+    return hashlib.sha256(repr((*facts, BLAS_NAME)).encode()).digest()[:2]
+
+
+def result_path(cfg: Knobs, usual: str) -> Path:
+    """Where the result goes: OUTPUT, or a usual name. Raises UserError for a file that exists."""
+    if not Path(cfg.file).is_file():
+        raise UserError(f"FILE={cfg.file}: no such file")
+    path = Path(cfg.output or usual)
+    if not path.name or path.exists():
+        raise UserError(f"{path} exists, or is no name for a file: choose another OUTPUT")
+    return path
+
+
+def file_tokens(use: Use, path: Path) -> tuple[list[np.ndarray], int, int, int]:
+    """(a file's tokens in parts, the first of them BOS or the shard's; flags; CRC-32; bytes)."""
+    crc = size = flags = 0
+    for chunk in file_chunks(path):
+        crc, size = zlib.crc32(chunk, crc), size + len(chunk)
+    tokens = shard_tokens(path, use.artifact.tokenizer.vocab)
+    if tokens is not None:
+        facts = use.artifact.tokenizer
+        size = int(facts.bytes_of(tokens[:-1], tokens[1:]).sum())
+        return [tokens.astype(np.uint16)], SHARD, crc, size
+    pieces = find_pieces(use.cfg, use.artifact.tokenizer)
+    pieces.need_bytes()
+    if not pieces.keeps_lines:  # nor did the text that it was trained on
+        first = next(file_chunks(path))
+        plain, lines = (sum(map(len, pieces.tokens_of(iter([first]), x))) for x in (False, True))
+        flags = LINES if lines < plain else 0
+    parts = [np.array([use.bos], np.uint16)]
+    parts += pieces.tokens_of(file_chunks(path), bool(flags))
+    singles = np.isin(np.arange(len(pieces.texts)), list(pieces.byte_ids.values()))
+    say(f"{path}: {sum(map(len, parts)) - 1:,} tokens, "
+        f"{sum(int(singles[part].sum()) for part in parts):,} of them single bytes")  # fmt: skip
+    return parts, flags, crc, size
+
+
+def coding_predictor(use: Use, count: int, net: bool) -> Predictor:
+    """What codes a text of so many tokens."""
+    if not use.artifact.packed and not net:
+        raise UserError(f"{use.path} was made with MIXER={use.artifact.header['knobs']['MIXER']}: "
+                        "all it knows is in its net: set WITH_NET=1")  # fmt: skip
+    return use.predictor(count, True, net, eval_shape(use.cfg, use.cfg.eval_mode)[1])
+
+
+def compress_mode(use: Use) -> None:
+    """Write FILE as the arithmetic code of an artifact's predictions."""
+    cfg, path = use.cfg, Path(use.cfg.file)
+    target = result_path(cfg, f"{path}.tgk")
+    parts, flags, crc, size = file_tokens(use, path)
+    count, net = sum(map(len, parts)), cfg.with_net
+    predictor, coder, begin = coding_predictor(use, count, net), Coder(), time.perf_counter()
+    show, done = show_progress("compressing"), 0
+    for at, part in enumerate(parts):
+        for a in range(0, len(part), PACK_CHUNK):
+            tokens = part[a : a + PACK_CHUNK].astype(np.int64)
+            predictor.code(tokens, coder if at or flags & SHARD else None)
+            done += len(tokens)
+            show(done, count, "")
+    seconds, digest = time.perf_counter() - begin, bytes.fromhex(file_sha256(use.path)[:8])
+    machine = machine_mark(cfg) if net else b""
+    flags |= NET_TOO * net
+    out = Compressed(flags, digest, count, crc, machine, coder.finish()).to_bytes()
+    with whole_file(target) as temporary:
+        temporary.write_bytes(out)
+    kind = "bytes of text" if flags & SHARD else "bytes"
+    say(f"{path}: {size:,} {kind} -> {len(out):,} ({8 * len(out) / max(size, 1):.3f} bits per byte"
+        f"{other_sizes(path)}), {count / seconds:,.0f} tokens/s: {target}")  # fmt: skip
+
+
+def other_sizes(path: Path) -> str:
+    """What xz and brotli make of a file that is not too large for their patience."""
+    if path.stat().st_size > 1 << 24:
+        return ""
+    import brotli
+
+    raw = path.read_bytes()
+    xz, other = lzma.compress(raw, preset=9 | lzma.PRESET_EXTREME), brotli.compress(raw, lgwin=24)
+    return f"; xz {len(xz):,}, brotli {len(other):,}"
+
+
+def decoded_parts(use: Use, file: Compressed, predictor: Predictor) -> Iterator[np.ndarray]:
+    """The tokens of a .tgk file, in parts. Raises UserError where its code ends too early or late.
+
+    A decoder's window of 4 bytes ends 3 bytes behind the code's last one.
+    """
+    coder, show, done = Coder(file.code), show_progress("restoring"), 0
+    if not file.flags & SHARD:
+        predictor.code(np.array([use.bos], np.int64))
+        done = 1
+    while done < file.count:
+        tokens = np.zeros(min(PACK_CHUNK, file.count - done), np.int64)
+        predictor.code(tokens, coder)
+        if coder.state[3] > len(file.code) + 3:
+            break
+        done += len(tokens)
+        show(done, file.count, "")
+        yield tokens
+    if coder.state[3] != len(file.code) + 3:
+        raise UserError(f"FILE={use.cfg.file}: damaged, or cut short: copy it again")
+
+
+def restore_mode(use: Use) -> None:
+    """Write the file that MODE=compress has read."""
+    cfg, path = use.cfg, Path(use.cfg.file)
+    if path.suffix != ".tgk" and not cfg.output:
+        raise UserError(f"FILE={path}: its name does not end in .tgk: choose OUTPUT")
+    target = result_path(cfg, str(path.with_suffix("")))
+    file = Compressed.from_bytes(path, path.read_bytes())
+    if bytes.fromhex(file_sha256(use.path)[:8]) != file.artifact:
+        raise UserError(f"FILE={path}: compressed with another artifact, whose SHA-256 begins with "
+                        f"{file.artifact.hex()}, not with {use.path}")  # fmt: skip
+    if file.machine and file.machine != machine_mark(cfg):
+        raise UserError(f"FILE={path}: compressed with WITH_NET=1 on another machine, or with "
+                        "another MLX: the net computes other numbers here")  # fmt: skip
+    pieces = None if file.flags & SHARD else find_pieces(cfg, use.artifact.tokenizer)
+    predictor = coding_predictor(use, file.count, bool(file.flags & NET_TOO))
+    parts, crc, size = decoded_parts(use, file, predictor), 0, 0
+    if pieces:
+        chunks = pieces.text_of(parts, bool(file.flags & LINES))
+    else:
+        header = shard_header(file.count)
+        chunks = itertools.chain([header], (part.astype("<u2").tobytes() for part in parts))
+    with whole_file(target) as temporary, open(temporary, "wb") as out:
+        for chunk in chunks:
+            crc, size = zlib.crc32(chunk, crc), size + out.write(chunk)
+        if crc != file.crc:
+            raise UserError(f"FILE={path}: damaged: its checksum does not fit: copy it again")
+    say(f"{path}: {path.stat().st_size:,} bytes -> {size:,}, as they were: {target}")
+
+
+USES = {"sample": sample_mode, "compress": compress_mode, "restore": restore_mode}
+
+
+# ==================================================================================================
 # MODES: train, which ends when artifact and message are on disk; score, a program of its own
 # ==================================================================================================
 
@@ -5099,7 +5678,7 @@ def export(
 
 def train_to_artifact(
     trainer: Trainer, report: Report, text: ValidationText, tokenizer: Tokenizer, keeper: Keeper,
-    packer: Packer | None,
+    packer: Packer | None, sample: Callable[[Trainer], None],
 ) -> Event:  # fmt: skip
     """Train and pack, then export: sizes and counts, on rank 0 alone."""
     cfg, first, waited = trainer.cfg, not trainer.cfg.max_wallclock_seconds, 0.0
@@ -5113,7 +5692,7 @@ def train_to_artifact(
             if first:
                 report.line("packing text first, as there is no MAX_WALLCLOCK_SECONDS to share")
             packer.start(trainer.elapsed_s, keeper)
-        train(trainer, report, validate, keeper)
+        train(trainer, report, validate, sample, keeper)
         keeper.save()  # from here on nothing of the training can be lost
         if not trainer.ranks.rank and last_record(report.folder, "val").get("step") != trainer.step:
             validate(trainer)
@@ -5223,6 +5802,7 @@ def train_run(
         for line in describe_training(trainer, text):
             report.line(line)
         packer = new_packer(trainer, tokenizer)
+        sample = functools.partial(report_sample, Pieces(tokenizer_path, tokenizer), report)
         lines = resume(trainer, packer, saved, written) if saved else ()
         for line in ranks.in_turn(lambda: list(lines)):
             report.line(line)
@@ -5233,7 +5813,7 @@ def train_run(
             keeper.save()  # what the run has reported until now stays
         trainer.warm_up()
         with keeper.last_words():
-            made = train_to_artifact(trainer, report, text, tokenizer, keeper, packer)
+            made = train_to_artifact(trainer, report, text, tokenizer, keeper, packer, sample)
             if ranks.rank:
                 return
             mx.clear_cache()  # of what training has freed
@@ -5500,6 +6080,8 @@ def main(cfg: Knobs, warnings: list[str], env: dict[str, str]) -> None:
     use_device(cfg)
     if cfg.mode == "doctor":
         doctor_mode(cfg, warnings)
+    elif cfg.mode in USES:
+        USES[cfg.mode](Use.load(Path(cfg.eval_only), env))
     elif cfg.eval_only:
         path = Path(cfg.eval_only)
         score_mode(path / "artifact.bin" if path.is_dir() else path, env)
