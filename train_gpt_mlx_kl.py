@@ -76,7 +76,7 @@ import tempfile
 import threading
 import time
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
@@ -1788,8 +1788,8 @@ class Attention(nn.Module):
         if cache is None:
             y = causal_attention(q, k, v, self.head_dim**-0.5, training)
         else:
-            old = cache or [k[:, :, :0], v[:, :, :0]]
-            cache[:] = (mx.concatenate(pair, axis=2) for pair in zip(old, (k, v), strict=True))
+            more = zip(cache, (k, v), strict=False)
+            cache[:] = [mx.concatenate(pair, axis=2) for pair in more] or [k, v]
             y = mx.fast.scaled_dot_product_attention(
                 q, *cache, scale=self.head_dim**-0.5, mask="causal"
             )
@@ -5009,14 +5009,12 @@ class Audit:
 
 
 # ==================================================================================================
-# USE: a file token by token: samples of text by an artifact; files compressed and restored
+# USE: a text token by token: samples by an artifact; files compressed with it, and restored
 # ==================================================================================================
-
-CHUNK_BYTES = 1 << 20  # of a file that is read or written at once
 
 
 class NetReader:
-    """The net, which reads a text token by token; a key-value cache makes that one position each.
+    """The net, which reads a text token by token; by a key-value cache each costs one position.
 
     Windows follow each other as in scoring: when one is full, all of it but its first `stride`
     tokens is read anew, as the next one's start.
@@ -5027,7 +5025,7 @@ class NetReader:
         self.model, self.length, self.stride = model, length, stride
         self.window: list[int] = []
         self.caches: Caches = []
-        self.logs: np.ndarray | None = None  # (V,) float32 nats: what comes next, by all so far
+        self.logs: np.ndarray | None = None  # (V,) float32: ln P of what comes next
 
     def read(self, token: int) -> None:
         """Read the text's next token."""
@@ -5041,50 +5039,46 @@ class NetReader:
         self.logs = log_softmax(np.array(self.model.logits(inputs, 1, self.caches, seen))[0, 0])
 
 
-@kernel
-def walk_tree(mixer, row, logs):
-    """Write ln P (2^(L+1),) of each node of the tree by a mixer that learns nothing meanwhile.
+@bare_kernel
+def copy_rows(table, hashes, at, blank, rows):
+    """Copy what `find_rows` would find, (n, 8), from a table that stays as it is."""
+    for a in range(len(at)):
+        rows[a, 1:] = blank
+        for place in range(at[a], at[a] + WAYS):
+            if np.int64(table[place, 0]) == np.int64(hashes[a] >> np.uint64(48)) | 1:
+                rows[a] = table[place]
+        at[a] = a
 
-    mixer: see `code_tokens`; row: (V,) of its rows, or (0,). The tables' rows that the nodes call
-    for are put back.
+
+@bare_kernel
+def walk_tree(mixer, still, row, logs):
+    """Write ln P (2^(L+1),) of each node of the tree by a mixer that does not learn meanwhile.
+
+    mixer: see `code_tokens`; still: its Past with (SLOTS, 8) and (CANDIDATES, 8) rows for tables,
+    written; row: (V,) of the net's, or (0,).
     """
     fixed, past, now, mass = Fixed(*mixer[0]), Past(*mixer[1]), mixer[2][0], mixer[3]
+    there = Past(*still)
     now.judges = 2 if len(row) else 1
     begin_token(fixed, past, now)
+    copy_rows(past.candidates, now.candidate_hashes, now.found, 0, there.candidates)
     if len(row):
         net_masses(fixed, mass, row)
-    first, candidates = now.found.copy(), np.zeros((CANDIDATES, WAYS, 8), np.uint32)
-    for a in range(CANDIDATES):
-        candidates[a] = past.candidates[first[a] : first[a] + WAYS]
-    find_rows(past.candidates, now.candidate_hashes, now.found, 0xFFFF, 0)
-    slots = np.zeros((SLOTS, WAYS, 8), np.uint16)
-    logs[1] = 0.0
     for level in range(0, fixed.levels, SLOT_LEVELS):
         for top in range(1 << level, 2 << level):
-            if not fixed.inside[top]:
-                continue
             now.touched += touch_rows(past.slots, fixed.slot_rows, now.slot_keys, top,
                                       now.slot_hashes, now.slot)  # fmt: skip
-            begin = now.slot.copy()
-            for a in range(SLOTS):
-                slots[a] = past.slots[begin[a] : begin[a] + WAYS]
-            find_rows(past.slots, now.slot_hashes, now.slot, 15, UNSEEN)
+            copy_rows(past.slots, now.slot_hashes, now.slot, UNSEEN, there.slots)
             for cell_at in range(1, 1 << min(SLOT_LEVELS, fixed.levels - level)):
-                below = 0
-                while cell_at >> below > 1:
-                    below += 1
-                now.cell_at, now.level = cell_at, level + below
-                now.node = node = (top << below) + cell_at - (1 << below)
+                down = (cell_at > 1) + (cell_at > 3)
+                now.cell_at, now.level = cell_at, level + down
+                now.node = node = (top << down) + cell_at - (1 << down)
                 logs[2 * node], logs[2 * node + 1] = logs[node], -np.inf
                 if fixed.inside[2 * node + 1]:
-                    predict_bit(fixed, past, now, mass)
+                    predict_bit(fixed, there, now, mass)
                     p = now.p[now.judges - 1] / 65536
                     logs[2 * node] += math.log(1 - p)
                     logs[2 * node + 1] = logs[node] + math.log(p)
-            for a in range(SLOTS):
-                past.slots[begin[a] : begin[a] + WAYS] = slots[a]
-    for a in range(CANDIDATES):
-        past.candidates[first[a] : first[a] + WAYS] = candidates[a]
 
 
 class Predictor:
@@ -5094,7 +5088,7 @@ class Predictor:
         self.mixer, self.net = mixer, net
 
     def code(self, tokens: np.ndarray, coder: Coder | None = None) -> None:
-        """Read tokens (m,) int64; with a coder, write their code or decode them in place."""
+        """Read tokens (m,) int64; with a coder write their code, or decode them in place."""
         if not self.net:
             self.mixer.code(tokens, None, coder)
             return
@@ -5107,45 +5101,42 @@ class Predictor:
     def log_probabilities(self) -> np.ndarray:
         """ln P of each token to come next: (V,), which sums to 1.
 
-        The mixer's is taken at rest: in scoring it learns from a token's first decisions before it
-        is asked for its last ones, which moves a probability by a few per cent of itself.
+        The mixer's are those of a mixer at rest. In scoring it learns from a token's first
+        decisions before it is asked for the last ones: that moves a probability a little.
         """
         if not self.mixer:
             return self.net.logs
-        mixer, row = self.mixer, np.zeros(0, np.uint32)
+        mixer, row, leaves = self.mixer, np.zeros(0, np.uint32), len(self.mixer.fixed.token)
         if self.net:
             row = (np.exp(np.minimum(self.net.logs, 0)) * np.float32(1 << 30)).astype(np.uint32)
             if not mixer.state.marks["joined"][0]:
                 join_net(mixer.state)
-        nodes = np.full(2 << mixer.fixed.levels, -np.inf)
-        walk_tree((tuple(mixer.fixed), tuple(mixer.state), mixer.now, mixer.mass), row, nodes)
-        return nodes[(1 << mixer.fixed.levels) + mixer.fixed.leaf]
+        still = mixer.state._replace(slots=np.zeros((SLOTS, 8), np.uint16),
+                                     candidates=np.zeros((CANDIDATES, 8), np.uint32))  # fmt: skip
+        whole = tuple(mixer.fixed), tuple(mixer.state), mixer.now, mixer.mass
+        logs = np.zeros(2 * leaves)
+        walk_tree(whole, tuple(still), row, logs)
+        return logs[leaves + mixer.fixed.leaf]
+
+    def sample(
+        self, prompt: Sequence[int], count: int, cfg: Knobs, rng: np.random.Generator
+    ) -> Iterator[int]:
+        """At most so many tokens that go on from a prompt, to the document's end."""
+        self.code(np.array(prompt, np.int64))
+        for _ in range(count):
+            token = draw(self.log_probabilities(), cfg.temperature, cfg.top_p, rng)
+            if token == prompt[0]:
+                return
+            yield token
+            self.code(np.array([token], np.int64))
 
 
 def draw(logs: np.ndarray, temperature: float, top_p: float, rng: np.random.Generator) -> int:
-    """A token by ln P / temperature, out of the likeliest whose share reaches top_p; logs (V,)."""
-    if not temperature:
-        return int(logs.argmax())
-    p = np.exp((logs - logs.max()) / max(temperature, 1e-3))
-    order = np.argsort(-p, kind="stable")
-    total = np.cumsum(p[order])
-    total = total[: int(np.searchsorted(total, top_p * total[-1])) + 1]
-    return int(
-        order[min(np.searchsorted(total, rng.random() * total[-1], "right"), len(total) - 1)]
-    )
-
-
-def sampled(
-    predictor: Predictor, prompt: Sequence[int], count: int, cfg: Knobs, rng: np.random.Generator
-) -> Iterator[int]:
-    """At most so many tokens that go on from a prompt, to the document's end."""
-    predictor.code(np.array(prompt, np.int64))
-    for _ in range(count):
-        token = draw(predictor.log_probabilities(), cfg.temperature, cfg.top_p, rng)
-        if token == prompt[0]:
-            return
-        yield token
-        predictor.code(np.array([token], np.int64))
+    """A token by ln P / temperature, (V,), out of the likeliest whose share reaches top_p."""
+    order = np.argsort(-logs, kind="stable")
+    total = np.cumsum(np.exp((logs - logs.max())[order] / max(temperature, 1e-3), dtype=float))
+    kept = int(np.searchsorted(total, top_p * total[-1])) + 1
+    return int(order[np.searchsorted(total[: kept - 1], rng.random() * total[kept - 1], "right")])
 
 
 class Pieces:
@@ -5157,65 +5148,60 @@ class Pieces:
 
     # A protobuf message behind another overrides its fields: normalizer_spec { name: "identity"
     # precompiled_charsmap: "" add_dummy_prefix: 0 remove_extra_whitespaces: 0 }
-    as_is = b"\x1a\x10\x0a\x08identity\x12\x00\x18\x00\x20\x00"
+    as_it_is = b"\x1a\x10\x0a\x08identity\x12\x00\x18\x00\x20\x00"
 
     def __init__(self, path: Path, facts: Tokenizer) -> None:
         import sentencepiece
 
-        self.path, self.dummy_prefix = path, facts.dummy_prefix
-        load = sentencepiece.SentencePieceProcessor
-        self.model = load(model_proto=path.read_bytes() + self.as_is)
-        usual = load(model_file=str(path))
+        self.path, load = path, sentencepiece.SentencePieceProcessor
+        self.start = b" " * facts.dummy_prefix  # before a text
+        self.model, usual = load(model_proto=path.read_bytes() + self.as_it_is), load(str(path))
         self.keeps_lines = "\n" in usual.decode(usual.encode("a\nb"))
         self.texts = [text.encode() for text in piece_texts(path)]
-        pieces = enumerate(self.model.id_to_piece(list(range(facts.vocab))))
-        self.byte_ids = {int(text[1:-1], 16): i for i, text in pieces if self.model.is_byte(i)}
+        pieces = enumerate(usual.id_to_piece(list(range(facts.vocab))))
+        self.byte_ids = {int(piece[1:-1], 16): i for i, piece in pieces if usual.is_byte(i)}
         for byte, i in self.byte_ids.items():
             self.texts[i] = bytes([byte])
 
-    def need_bytes(self) -> None:
-        """Raises UserError unless any byte can be written."""
+    def encode(self, raw: bytes) -> list[int]:
+        """Tokens whose `decode` is `raw`. Raises UserError where some bytes have no piece."""
         if len(self.byte_ids) < 256:
             raise UserError(f"TOKENIZER_PATH={self.path}: made without byte_fallback, it lacks the "
-                            "256 byte pieces that any text can be written with")  # fmt: skip
-
-    def encode(self, raw: bytes) -> list[int]:
-        """Tokens whose `decode` is `raw`."""
+                            "256 byte pieces that spell any text")  # fmt: skip
         runs = re.split("([\udc80-\udcff\u2581]+)", raw.decode("utf-8", "surrogateescape"))
-        ids = []
-        for i, run in enumerate(runs):
-            ids += self.as_bytes(run) if i % 2 else self.encode_run(run)
-        return ids
+        coded = (self.spell(run) if i % 2 else self.encode_run(run) for i, run in enumerate(runs))
+        return list(itertools.chain.from_iterable(coded))
 
     def encode_run(self, run: str) -> list[int]:
-        """The tokenizer's own tokens, or of as much of a run as is exact with them."""
+        """The model's tokens; of a run that they do not spell, those of its halves."""
         ids, half = self.model.encode(run), len(run) // 2
         if self.decode(ids) == run.encode():
             return ids
-        return self.encode_run(run[:half]) + self.encode_run(run[half:]) if half else (
-            self.as_bytes(run))  # fmt: skip
+        if not half:
+            return self.spell(run)
+        return self.encode_run(run[:half]) + self.encode_run(run[half:])
 
-    def as_bytes(self, run: str) -> list[int]:
-        """The run's byte pieces."""
+    def spell(self, run: str) -> list[int]:
+        """Byte pieces."""
         return [self.byte_ids[byte] for byte in run.encode("utf-8", "surrogateescape")]
 
     def decode(self, ids: Sequence[int]) -> bytes:
         """The text of tokens."""
         return b"".join(map(self.texts.__getitem__, ids))
 
-    def tokens_of(self, chunks: Iterator[bytes], lines: bool) -> Iterator[np.ndarray]:
+    def tokens_of(self, chunks: Iterable[bytes], lines: bool) -> Iterator[np.ndarray]:
         """A file's tokens; lines: each line but the first begins with a space, as words do."""
-        for i, raw in enumerate(chunks):
+        start = self.start
+        for raw in chunks:
             raw = raw.replace(b"\n", b"\n ") if lines else raw
-            start = b" " if self.dummy_prefix and not i else b""
             yield np.array(self.encode(start + raw), np.uint16)
+            start = b""
 
-    def text_of(self, parts: Iterator[np.ndarray], lines: bool) -> Iterator[bytes]:
-        """The inverse of `tokens_of`, whatever the parts."""
-        start, held = int(self.dummy_prefix), b""
+    def text_of(self, parts: Iterable[np.ndarray], lines: bool) -> Iterator[bytes]:
+        """The inverse of `tokens_of`, however the tokens are cut into parts."""
+        start, held = len(self.start), b""
         for part in parts:
-            raw = held + self.decode(part.tolist())[start:]
-            start, held = (0 if raw else start), b""
+            raw, start, held = held + self.decode(part.tolist())[start:], 0, b""
             if lines:
                 raw, held = (raw[:-1], b"\n") if raw.endswith(b"\n") else (raw, b"")
                 raw = raw.replace(b"\n ", b"\n")
@@ -5223,25 +5209,90 @@ class Pieces:
         yield held
 
 
-def find_pieces(cfg: Knobs, facts: Tokenizer) -> Pieces:
-    """The tokenizer that an artifact was made with. Raises UserError where it is not found."""
-    paths = sorted((HERE / "data" / "tokenizers").glob("*.model"))
-    if cfg.data_path:
-        with contextlib.suppress(UserError):
-            paths.append(tokenizer_beside(Path(cfg.data_path)))
-    if cfg.tokenizer_path:
-        paths = [Path(cfg.tokenizer_path)]
-    for path in paths:
-        if path.is_file() and file_sha256(path) == facts.sha256:
-            return Pieces(path, facts)
-    tried = f"{cfg.tokenizer_path} is not it" if cfg.tokenizer_path else "none was found"
-    raise UserError(f"TOKENIZER_PATH: the artifact's tokenizer is needed, whose SHA-256 begins "
-                    f"with {facts.sha256[:8]}; {tried}")  # fmt: skip
+def streamed(tokens: Iterator[int], pieces: Pieces, start: bool) -> Iterator[str]:
+    """The text of tokens as it comes, in whole characters; start: nothing is before them."""
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    for token in tokens:
+        text, start = pieces.texts[token][len(pieces.start) * start :], False
+        yield decoder.decode(text)
+    yield decoder.decode(b"", True)
+
+
+# A .tgk file: TGK, whose flags say in bits 4 to 7 how many bytes the number of tokens takes; that
+# number; with NET_TOO the 2 bytes of `machine_mark`; the tokens' arithmetic code. What is no shard
+# has a BOS before it, neither counted nor coded.
+TGK, TGK_MAGIC = struct.Struct("<2sB4sI"), b"\x9eK"  # magic, flags, SHA-256 of artifact, CRC-32
+SHARD, LINES, NET_TOO = 1, 2, 4
+CHUNK_BYTES = 1 << 20  # of a file that is read at once
+
+
+def shard_header(count: int) -> bytes:
+    """What stands before a shard's tokens."""
+    ints = np.zeros(SHARD_HEADER_INTS, "<i4")
+    ints[:3] = SHARD_MAGIC, SHARD_VERSION, count
+    return ints.tobytes()
+
+
+def shard_tokens(path: Path, vocab: int) -> np.ndarray | None:
+    """The tokens of a shard, (n,) int32; None if the file is none, or more than its tokens say."""
+    try:
+        tokens = check_ids(Shard(path)[:], vocab, path)
+    except UserError:
+        return None
+    with open(path, "rb") as file:
+        whole = file.read(4 * SHARD_HEADER_INTS) == shard_header(len(tokens))
+    return tokens if whole and len(tokens) else None
+
+
+def file_chunks(path: Path) -> Iterator[bytes]:
+    """A file, cut before line ends, or else before spaces, where there are such."""
+    rest = b""
+    with open(path, "rb") as file:
+        while more := file.read(CHUNK_BYTES):
+            rest += more
+            cut = max(rest.rfind(b"\n"), 0) or max(rest.rfind(b" "), 0) or len(rest)
+            yield rest[:cut]
+            rest = rest[cut:]
+    yield rest
+
+
+def file_bytes(
+    pieces: Pieces | None, flags: int, count: int, parts: Iterable[np.ndarray]
+) -> Iterable[bytes]:
+    """The file that tokens stand for, in parts: of a text's pieces, or a shard of so many."""
+    if pieces:
+        return pieces.text_of(parts, bool(flags & LINES))
+    return itertools.chain([shard_header(count)], (part.astype("<u2").tobytes() for part in parts))
+
+
+def checksum_of(chunks: Iterable[bytes]) -> tuple[int, int]:
+    """(CRC-32, size) of bytes in chunks."""
+    crc = size = 0
+    for chunk in chunks:
+        crc, size = zlib.crc32(chunk, crc), size + len(chunk)
+    return crc, size
+
+
+def machine_mark(cfg: Knobs) -> bytes:
+    """2 bytes that are others where the net's numbers may be."""
+    facts = machine_kind(), processor_name(), mx.__version__, compute_dtype(cfg), BLAS_NAME
+    return hashlib.sha256(repr(facts).encode()).digest()[:2]
+
+
+def others(path: Path) -> str:
+    """What xz and brotli make of a file that is not too large for one's patience."""
+    if path.stat().st_size > 1 << 24:
+        return ""
+    import brotli
+
+    raw = path.read_bytes()
+    xz = lzma.compress(raw, preset=9 | lzma.PRESET_EXTREME)
+    return f"; xz {len(xz):,}, brotli {len(brotli.compress(raw)):,}"
 
 
 @dataclass
 class Use:
-    """An artifact in use: its net, its mixer, and its tokenizer where it is needed."""
+    """An artifact, and what MODE=sample, compress and restore make of it."""
 
     cfg: Knobs
     path: Path  # of the artifact
@@ -5253,291 +5304,194 @@ class Use:
         path = path / "artifact.bin" if path.is_dir() else path
         artifact = read_artifact(path)
         cfg, warnings = knobs_from_env(env, kept=artifact.header["knobs"])
-        cfg = dataclasses.replace(cfg, mixer="logistic" if artifact.packed else "off")
         for warning in warnings:
             print(f"warning: {warning}", file=sys.stderr)
         use_device(cfg)
-        return cls(cfg, path, artifact)
+        mixer = "logistic" if artifact.packed else "off"
+        return cls(dataclasses.replace(cfg, mixer=mixer), path, artifact)
 
     @property
     def bos(self) -> int:
         """What a text starts with."""
         return max(self.artifact.tokenizer.bos, 0)
 
-    def predictor(self, tokens: int, mixed: bool, net: bool, stride: int) -> Predictor:
-        """What says, of a text of so many tokens, which comes next; stride: see `NetReader`."""
+    def pieces(self) -> Pieces:
+        """The tokenizer that the artifact was made with. Raises UserError where it is not found."""
+        cfg, facts = self.cfg, self.artifact.tokenizer
+        paths = sorted((HERE / "data" / "tokenizers").glob("*.model"))
+        with contextlib.suppress(UserError):
+            paths += [tokenizer_beside(Path(cfg.data_path))] if cfg.data_path else []
+        for path in [Path(cfg.tokenizer_path)] if cfg.tokenizer_path else paths:
+            if path.is_file() and file_sha256(path) == facts.sha256:
+                return Pieces(path, facts)
+        raise UserError(f"TOKENIZER_PATH={cfg.tokenizer_path}: not the tokenizer of {self.path}, "
+                        f"whose SHA-256 begins with {facts.sha256[:8]}: set its path")  # fmt: skip
+
+    def predictor(self, tokens: int, contexts: bool, net: bool, stride: int) -> Predictor:
+        """Who predicts a text of so many tokens; stride: see `NetReader`."""
         model, mixer = load_net(self.cfg, self.path, self.artifact), None
-        if mixed and self.artifact.packed:
-            mixer = prime_contexts(self.cfg, self.artifact, tokens)
-        elif mixed:
-            facts = self.artifact.tokenizer
-            mixer = LogisticMixer(facts, np.arange(facts.vocab), tokens, UNPRIMED_MB)
-        window = eval_shape(self.cfg)[0]
-        return Predictor(mixer, NetReader(model, window, stride) if net else None)
+        try:
+            if contexts:
+                mixer = prime_contexts(self.cfg, self.artifact, tokens)
+        except MemoryError:
+            raise UserError(f"no memory for a text of {tokens:,} tokens") from None
+        length = eval_shape(self.cfg)[0]
+        return Predictor(mixer, NetReader(model, length, stride) if net else None)
 
+    def sample(self) -> None:
+        """Print what comes after PROMPT, as it comes."""
+        cfg, pieces = self.cfg, self.pieces()
+        contexts, net = (cfg.sample_with in ("all", who) for who in ("contexts", "net"))
+        if not (net or self.artifact.packed):
+            raise UserError(f"SAMPLE_WITH=contexts: {self.path} has none, but a net")
+        raw = os.fsencode(cfg.prompt)
+        prompt = [self.bos, *pieces.encode(pieces.start + raw if raw else b"")]
+        with contextlib.redirect_stdout(sys.stderr):  # the text alone is the output
+            stride = max(eval_shape(cfg)[0] // 2, 1)
+            contexts = contexts and bool(self.artifact.packed)
+            predictor = self.predictor(len(prompt) + cfg.sample_tokens, contexts, net, stride)
+        tokens = predictor.sample(prompt, cfg.sample_tokens, cfg, np.random.default_rng(cfg.seed))
+        for text in itertools.chain([cfg.prompt], streamed(tokens, pieces, not raw)):
+            say(text, end="")
+        say("")
 
-UNPRIMED_MB = 64  # of tables for a mixer that knows a file's beginning alone
+    def result_path(self, usual: str) -> Path:
+        """Where the result goes: OUTPUT, or a usual name. Raises UserError."""
+        path = Path(self.cfg.output or usual)
+        if not (Path(self.cfg.file).is_file() and os.access(self.cfg.file, os.R_OK)):
+            raise UserError(f"FILE={self.cfg.file}: no file that can be read")
+        if os.path.lexists(path):
+            raise UserError(f"{path} exists: choose another OUTPUT")
+        return path
 
+    def coding_predictor(self, tokens: int, flags: int) -> Predictor:
+        """Who predicts a file of so many tokens; of what is no shard it knows the BOS before it."""
+        if not self.artifact.packed:
+            raise UserError(f"{self.path}: made without MIXER=logistic, it codes no files")
+        stride = eval_shape(self.cfg, self.cfg.eval_mode)[1]
+        predictor = self.predictor(tokens + 1, True, bool(flags & NET_TOO), stride)
+        if not flags & SHARD:
+            predictor.code(np.array([self.bos], np.int64))
+        return predictor
 
-def sample_mode(use: Use) -> None:
-    """Print what an artifact has to say, as it comes."""
-    cfg, facts = use.cfg, use.artifact.tokenizer
-    contexts = cfg.sample_with != "net" and use.artifact.packed
-    if cfg.sample_with == "contexts" and not contexts:
-        raise UserError(f"SAMPLE_WITH=contexts: {use.path} has none, only a net")
-    pieces = find_pieces(cfg, facts)
-    start = b" " if facts.dummy_prefix else b""
-    prompt = [use.bos, *pieces.encode(start + os.fsencode(cfg.prompt) if cfg.prompt else b"")]
-    with contextlib.redirect_stdout(sys.stderr):  # the sample alone is the output
-        stride = max(eval_shape(cfg)[0] // 2, 1)
-        net = cfg.sample_with != "contexts"
-        count = len(prompt) + cfg.sample_tokens
-        predictor = use.predictor(count, bool(contexts), net, stride)
-    say(cfg.prompt, end="")
-    rng = np.random.default_rng(cfg.seed)
-    tokens = sampled(predictor, prompt, cfg.sample_tokens, cfg, rng)
-    for text in streamed(tokens, pieces, skip=bool(start) and not cfg.prompt):
-        say(text, end="")
-    say("")
+    def file_tokens(self, path: Path) -> tuple[Pieces | None, int, list[np.ndarray]]:
+        """(what wrote a file's tokens, None for a shard; flags; the tokens in parts, uint16)."""
+        tokens = shard_tokens(path, self.artifact.tokenizer.vocab)
+        if tokens is not None:
+            return None, SHARD, [tokens.astype(np.uint16)]
+        pieces, flags = self.pieces(), 0
+        if not pieces.keeps_lines:  # nor had the text any that it was trained on
+            first = list(itertools.islice(file_chunks(path), 1))
+            plain, lines = (sum(map(len, pieces.tokens_of(first, x))) for x in (False, True))
+            flags = LINES if lines < plain else 0
+        return pieces, flags, list(pieces.tokens_of(file_chunks(path), bool(flags)))
 
+    def compress(self) -> None:
+        """Write FILE as the arithmetic code of what an artifact predicts."""
+        cfg, path = self.cfg, Path(self.cfg.file)
+        target = self.result_path(f"{path}.tgk")
+        pieces, flags, parts = self.file_tokens(path)
+        crc, size = checksum_of(file_chunks(path))
+        if checksum_of(file_bytes(pieces, flags, sum(map(len, parts)), parts)) != (crc, size):
+            raise RunFailed(f"FILE={path}: it changes while it is read")
+        flags |= NET_TOO * cfg.with_net
+        code, speed = self.encode(parts, flags)
+        count = sum(map(len, parts))
+        length = (count.bit_length() + 7) // 8
+        mark, digest = machine_mark(cfg) if cfg.with_net else b"", file_sha256(self.path)
+        head = TGK.pack(TGK_MAGIC, flags | length << 4, bytes.fromhex(digest[:8]), crc)
+        out = head + count.to_bytes(length, "little") + mark + code
+        with whole_file(target) as temporary:
+            temporary.write_bytes(out)
+        if pieces:
+            spelt = np.isin(np.concatenate(parts), list(pieces.byte_ids.values())).sum()
+            what, than = f"{count:,} tokens, {spelt:,} of them single bytes", others(path)
+        else:
+            facts, tokens, what, than = self.artifact.tokenizer, parts[0], "of a shard's text", ""
+            size = int(facts.bytes_of(tokens[:-1], tokens[1:]).sum())
+        bits = 8 * len(out) / max(size, 1)
+        say(f"{path}: {size:,} bytes ({what}) -> {len(out):,} ({bits:.3f} bits per byte{than}), "
+            f"{speed:,.0f} tokens/s: {target}")  # fmt: skip
 
-def streamed(tokens: Iterator[int], pieces: Pieces, skip: bool) -> Iterator[str]:
-    """The text of tokens, as it comes, in whole characters; skip: leave out a space before it."""
-    decoder = codecs.getincrementaldecoder("utf-8")("replace")
-    for token in tokens:
-        yield decoder.decode(pieces.texts[token][skip:])
-        skip = False
-    yield decoder.decode(b"", True)
+    def encode(self, parts: list[np.ndarray], flags: int) -> tuple[bytes, float]:
+        """Tokens in parts -> (their arithmetic code, tokens per second)."""
+        count, done = sum(map(len, parts)), 0
+        predictor, coder, show = (
+            self.coding_predictor(count, flags),
+            Coder(),
+            show_progress("coding"),
+        )
+        begin = time.perf_counter()
+        for part in parts:
+            for at in range(0, len(part), PACK_CHUNK):
+                tokens = part[at : at + PACK_CHUNK].astype(np.int64)
+                predictor.code(tokens, coder)
+                done += len(tokens)
+                show(done, count, "")
+        return coder.finish(), count / (time.perf_counter() - begin)
+
+    def decode(self, code: bytes, count: int, flags: int) -> Iterator[np.ndarray]:
+        """The tokens of a code, in parts. Raises UserError where it ends too early or too late.
+
+        A decoder's window of 4 bytes ends 3 bytes behind the code's last one.
+        """
+        predictor, coder = self.coding_predictor(count, flags), Coder(code)
+        show, done = show_progress("restoring"), 0
+        while done < count and coder.state[3] <= len(code) + 3:
+            tokens = np.zeros(min(PACK_CHUNK, count - done), np.int64)
+            predictor.code(tokens, coder)
+            done += len(tokens)
+            show(done, count, "")
+            yield tokens
+        if coder.state[3] != len(code) + 3:
+            raise UserError(f"FILE={self.cfg.file}: damaged, or cut short: copy it again")
+
+    def restore(self) -> None:
+        """Write the file that MODE=compress has read."""
+        cfg, path = self.cfg, Path(self.cfg.file)
+        if path.suffix != ".tgk" and not cfg.output:
+            raise UserError(f"FILE={path}: its name does not end in .tgk: choose OUTPUT")
+        target, raw = self.result_path(str(path.with_suffix(""))), path.read_bytes()
+        flags, crc, count, code = self.read_head(raw)
+        pieces = None if flags & SHARD else self.pieces()
+        chunks = file_bytes(pieces, flags, count, self.decode(code, count, flags))
+        with whole_file(target) as temporary, open(temporary, "wb") as out:
+            now, size = checksum_of(chunk for chunk in chunks if out.write(chunk) or True)
+            if now != crc:
+                raise UserError(f"FILE={path}: damaged (its checksum does not fit): copy it again")
+        say(f"{path}: {len(raw):,} bytes -> {size:,}, as they were: {target}")
+
+    def read_head(self, raw: bytes) -> tuple[int, int, int, bytes]:
+        """(flags, CRC-32, tokens, code) of a .tgk file. Raises UserError for any other."""
+        file = f"FILE={self.cfg.file}"
+        if raw[: len(TGK_MAGIC)] != TGK_MAGIC:
+            raise UserError(f"{file}: not a file that MODE=compress has made")
+        if len(raw) < TGK.size:
+            raise UserError(f"{file}: cut short: copy it again")
+        _, flags, artifact, crc = TGK.unpack_from(raw)
+        at = TGK.size + (flags >> 4)
+        end, count = at + 2 * bool(flags & NET_TOO), int.from_bytes(raw[TGK.size : at], "little")
+        if bytes.fromhex(file_sha256(self.path)[:8]) != artifact:
+            raise UserError(f"{file}: compressed with another artifact than {self.path}, one whose "
+                            f"SHA-256 begins with {artifact.hex()}")  # fmt: skip
+        # A token takes 0.00002 bits or more: what says that there are more tokens is wrong.
+        if flags & 8 or end >= len(raw) or count > len(raw) << 19:
+            raise UserError(f"{file}: damaged, or cut short: copy it again")
+        if flags & NET_TOO and raw[at:end] != machine_mark(self.cfg):
+            raise UserError(f"{file}: compressed with WITH_NET=1 on another machine, or with "
+                            "another MLX: the net's numbers are not the same here")  # fmt: skip
+        return flags, crc, count, raw[end:]
 
 
 def report_sample(pieces: Pieces, report: Report, trainer: Trainer) -> None:
-    """Report a line of text by the weights that would be exported now."""
-    model, cfg = trainer.model, trainer.cfg
+    """Report what the net, with the weights that validation takes, makes up: 40 tokens."""
+    model, cfg, rng = trainer.model, trainer.cfg, np.random.default_rng(trainer.cfg.seed)
     model.update(tree_unflatten(list(trainer.average.items())))
-    window = eval_shape(cfg)[0]
-    net, rng = NetReader(model, window, max(window // 2, 1)), np.random.default_rng(cfg.seed)
-    tokens = sampled(Predictor(None, net), [max(model.bos, 0)], TRAINING_SAMPLE, cfg, rng)
-    text = "".join(streamed(tokens, pieces, pieces.dummy_prefix))
-    event = {"event": "sample", "step": trainer.step, "text": text}
-    report.event(event, "step:{step}/{n} sample:{text!r}")
-
-
-TRAINING_SAMPLE = 40  # tokens
-
-# A .tgk file: TGK_MAGIC; a byte of flags; 4 bytes of the artifact's SHA-256; the number of tokens,
-# 7 bits per byte, the lowest first, bit 7 set in all but the last; the CRC-32 of the file; with
-# NET 2 bytes that say what machine it was; then the tokens' arithmetic code. The first token of a
-# file that is no shard is BOS: it is counted, not coded.
-TGK_MAGIC = b"\x9ek"
-TGK_FORMAT, SHARD, LINES, NET_TOO = 0x10, 1, 2, 4
-
-
-class Compressed(NamedTuple):
-    """What a .tgk file holds."""
-
-    flags: int
-    artifact: bytes  # (4,)
-    count: int
-    crc: int
-    machine: bytes  # (2,), or (0,) without the net
-    code: bytes
-
-    def to_bytes(self) -> bytes:
-        """The file."""
-        count, left = bytearray(), self.count
-        while left > 127:
-            count.append(left & 127 | 128)
-            left >>= 7
-        count.append(left)
-        flags, crc = bytes([TGK_FORMAT | self.flags]), self.crc.to_bytes(4, "little")
-        return b"".join([TGK_MAGIC, flags, self.artifact, count, crc, self.machine, self.code])
-
-    @classmethod
-    def from_bytes(cls, path: Path, raw: bytes) -> Compressed:
-        """Raises UserError for what is no such file."""
-        if raw[:2] != TGK_MAGIC:
-            raise UserError(f"FILE={path}: not a file that MODE=compress has made")
-        at, count = 7, 0
-        while at < len(raw) and raw[at] > 127 and at < 13:
-            at += 1
-        for byte in reversed(raw[7 : at + 1]):
-            count = count << 7 | byte & 127
-        end = at + 5 + 2 * bool(len(raw) > 2 and raw[2] & NET_TOO)
-        # A token costs 0.00002 bits at least: no count is too high to have been written.
-        if len(raw) < end + 1 or not 0 < count <= len(raw) << 19:
-            raise UserError(f"FILE={path}: damaged, or cut short: its first bytes make no sense")
-        if raw[2] & 0xF8 != TGK_FORMAT:
-            raise UserError(f"FILE={path}: made by another version of this script, or damaged")
-        crc = int.from_bytes(raw[at + 1 : at + 5], "little")
-        return cls(raw[2] & 7, raw[3:7], count, crc, raw[at + 5 : end], raw[end:])
-
-
-def shard_tokens(path: Path, vocab: int) -> np.ndarray | None:
-    """The tokens of a file that is a shard, or None: one that they and their number make again."""
-    try:
-        shard = Shard(path)
-        tokens = check_ids(shard[:], vocab, path)
-    except UserError:
-        return None
-    with open(path, "rb") as file:
-        same = file.read(4 * SHARD_HEADER_INTS) == shard_header(len(shard))
-    return tokens if same and len(tokens) else None
-
-
-def shard_header(count: int) -> bytes:
-    """The bytes before a shard's tokens."""
-    ints = np.zeros(SHARD_HEADER_INTS, "<i4")
-    ints[:3] = SHARD_MAGIC, SHARD_VERSION, count
-    return ints.tobytes()
-
-
-def file_chunks(path: Path) -> Iterator[bytes]:
-    """A file, cut before line ends or else before spaces, where there are such."""
-    rest = b""
-    with open(path, "rb") as file:
-        while more := file.read(CHUNK_BYTES):
-            rest += more
-            cut = max(rest.rfind(b"\n"), 0) or max(rest.rfind(b" "), 0) or len(rest)
-            yield rest[:cut]
-            rest = rest[cut:]
-    yield rest
-
-
-def machine_mark(cfg: Knobs) -> bytes:
-    """2 bytes that differ where the net's numbers might."""
-    facts = machine_kind(), processor_name(), mx.__version__, compute_dtype(cfg), cpu_cores()
-    return hashlib.sha256(repr((*facts, BLAS_NAME)).encode()).digest()[:2]
-
-
-def result_path(cfg: Knobs, usual: str) -> Path:
-    """Where the result goes: OUTPUT, or a usual name. Raises UserError for a file that exists."""
-    if not Path(cfg.file).is_file():
-        raise UserError(f"FILE={cfg.file}: no such file")
-    path = Path(cfg.output or usual)
-    if not path.name or path.exists():
-        raise UserError(f"{path} exists, or is no name for a file: choose another OUTPUT")
-    return path
-
-
-def file_tokens(use: Use, path: Path) -> tuple[list[np.ndarray], int, int, int]:
-    """(a file's tokens in parts, the first of them BOS or the shard's; flags; CRC-32; bytes)."""
-    crc = size = flags = 0
-    for chunk in file_chunks(path):
-        crc, size = zlib.crc32(chunk, crc), size + len(chunk)
-    tokens = shard_tokens(path, use.artifact.tokenizer.vocab)
-    if tokens is not None:
-        facts = use.artifact.tokenizer
-        size = int(facts.bytes_of(tokens[:-1], tokens[1:]).sum())
-        return [tokens.astype(np.uint16)], SHARD, crc, size
-    pieces = find_pieces(use.cfg, use.artifact.tokenizer)
-    pieces.need_bytes()
-    if not pieces.keeps_lines:  # nor did the text that it was trained on
-        first = next(file_chunks(path))
-        plain, lines = (sum(map(len, pieces.tokens_of(iter([first]), x))) for x in (False, True))
-        flags = LINES if lines < plain else 0
-    parts = [np.array([use.bos], np.uint16)]
-    parts += pieces.tokens_of(file_chunks(path), bool(flags))
-    singles = np.isin(np.arange(len(pieces.texts)), list(pieces.byte_ids.values()))
-    say(f"{path}: {sum(map(len, parts)) - 1:,} tokens, "
-        f"{sum(int(singles[part].sum()) for part in parts):,} of them single bytes")  # fmt: skip
-    return parts, flags, crc, size
-
-
-def coding_predictor(use: Use, count: int, net: bool) -> Predictor:
-    """What codes a text of so many tokens."""
-    if not use.artifact.packed and not net:
-        raise UserError(f"{use.path} was made with MIXER={use.artifact.header['knobs']['MIXER']}: "
-                        "all it knows is in its net: set WITH_NET=1")  # fmt: skip
-    return use.predictor(count, True, net, eval_shape(use.cfg, use.cfg.eval_mode)[1])
-
-
-def compress_mode(use: Use) -> None:
-    """Write FILE as the arithmetic code of an artifact's predictions."""
-    cfg, path = use.cfg, Path(use.cfg.file)
-    target = result_path(cfg, f"{path}.tgk")
-    parts, flags, crc, size = file_tokens(use, path)
-    count, net = sum(map(len, parts)), cfg.with_net
-    predictor, coder, begin = coding_predictor(use, count, net), Coder(), time.perf_counter()
-    show, done = show_progress("compressing"), 0
-    for at, part in enumerate(parts):
-        for a in range(0, len(part), PACK_CHUNK):
-            tokens = part[a : a + PACK_CHUNK].astype(np.int64)
-            predictor.code(tokens, coder if at or flags & SHARD else None)
-            done += len(tokens)
-            show(done, count, "")
-    seconds, digest = time.perf_counter() - begin, bytes.fromhex(file_sha256(use.path)[:8])
-    machine = machine_mark(cfg) if net else b""
-    flags |= NET_TOO * net
-    out = Compressed(flags, digest, count, crc, machine, coder.finish()).to_bytes()
-    with whole_file(target) as temporary:
-        temporary.write_bytes(out)
-    kind = "bytes of text" if flags & SHARD else "bytes"
-    say(f"{path}: {size:,} {kind} -> {len(out):,} ({8 * len(out) / max(size, 1):.3f} bits per byte"
-        f"{other_sizes(path)}), {count / seconds:,.0f} tokens/s: {target}")  # fmt: skip
-
-
-def other_sizes(path: Path) -> str:
-    """What xz and brotli make of a file that is not too large for their patience."""
-    if path.stat().st_size > 1 << 24:
-        return ""
-    import brotli
-
-    raw = path.read_bytes()
-    xz, other = lzma.compress(raw, preset=9 | lzma.PRESET_EXTREME), brotli.compress(raw, lgwin=24)
-    return f"; xz {len(xz):,}, brotli {len(other):,}"
-
-
-def decoded_parts(use: Use, file: Compressed, predictor: Predictor) -> Iterator[np.ndarray]:
-    """The tokens of a .tgk file, in parts. Raises UserError where its code ends too early or late.
-
-    A decoder's window of 4 bytes ends 3 bytes behind the code's last one.
-    """
-    coder, show, done = Coder(file.code), show_progress("restoring"), 0
-    if not file.flags & SHARD:
-        predictor.code(np.array([use.bos], np.int64))
-        done = 1
-    while done < file.count:
-        tokens = np.zeros(min(PACK_CHUNK, file.count - done), np.int64)
-        predictor.code(tokens, coder)
-        if coder.state[3] > len(file.code) + 3:
-            break
-        done += len(tokens)
-        show(done, file.count, "")
-        yield tokens
-    if coder.state[3] != len(file.code) + 3:
-        raise UserError(f"FILE={use.cfg.file}: damaged, or cut short: copy it again")
-
-
-def restore_mode(use: Use) -> None:
-    """Write the file that MODE=compress has read."""
-    cfg, path = use.cfg, Path(use.cfg.file)
-    if path.suffix != ".tgk" and not cfg.output:
-        raise UserError(f"FILE={path}: its name does not end in .tgk: choose OUTPUT")
-    target = result_path(cfg, str(path.with_suffix("")))
-    file = Compressed.from_bytes(path, path.read_bytes())
-    if bytes.fromhex(file_sha256(use.path)[:8]) != file.artifact:
-        raise UserError(f"FILE={path}: compressed with another artifact, whose SHA-256 begins with "
-                        f"{file.artifact.hex()}, not with {use.path}")  # fmt: skip
-    if file.machine and file.machine != machine_mark(cfg):
-        raise UserError(f"FILE={path}: compressed with WITH_NET=1 on another machine, or with "
-                        "another MLX: the net computes other numbers here")  # fmt: skip
-    pieces = None if file.flags & SHARD else find_pieces(cfg, use.artifact.tokenizer)
-    predictor = coding_predictor(use, file.count, bool(file.flags & NET_TOO))
-    parts, crc, size = decoded_parts(use, file, predictor), 0, 0
-    if pieces:
-        chunks = pieces.text_of(parts, bool(file.flags & LINES))
-    else:
-        header = shard_header(file.count)
-        chunks = itertools.chain([header], (part.astype("<u2").tobytes() for part in parts))
-    with whole_file(target) as temporary, open(temporary, "wb") as out:
-        for chunk in chunks:
-            crc, size = zlib.crc32(chunk, crc), size + out.write(chunk)
-        if crc != file.crc:
-            raise UserError(f"FILE={path}: damaged: its checksum does not fit: copy it again")
-    say(f"{path}: {path.stat().st_size:,} bytes -> {size:,}, as they were: {target}")
-
-
-USES = {"sample": sample_mode, "compress": compress_mode, "restore": restore_mode}
+    length = eval_shape(cfg)[0]
+    net = NetReader(model, length, max(length // 2, 1))
+    tokens = Predictor(None, net).sample([max(model.bos, 0)], 40, cfg, rng)
+    event = {"step": trainer.step, "text": "".join(streamed(tokens, pieces, True))}
+    report.event({"event": "sample", **event}, "step:{step}/{n} sample:{text!r}")
 
 
 # ==================================================================================================
@@ -6006,11 +5960,9 @@ def trial(cfg: Knobs) -> tuple[Trainer, float]:
     size = max(min(cfg.train_batch_tokens, 4096 if on_cpu() else 8192), cfg.train_seq_len)
     cfg = dataclasses.replace(cfg, train_batch_tokens=size)
     tokens = np.random.default_rng(0).integers(2, DOCTOR_VOCAB, cfg.train_batch_tokens + 2)
-    header = np.zeros(SHARD_HEADER_INTS, "<i4")
-    header[:3] = SHARD_MAGIC, SHARD_VERSION, len(tokens)
     with tempfile.TemporaryDirectory() as folder, make_workers(cfg) as workers:
         path = Path(folder) / "made_up_train_000000.bin"
-        path.write_bytes(header.tobytes() + tokens.astype("<u2").tobytes())
+        path.write_bytes(shard_header(len(tokens)) + tokens.astype("<u2").tobytes())
         data = TrainWindows([path], cfg.train_seq_len, cfg.seed, DOCTOR_VOCAB)
         trainer = Trainer(GPT(cfg, DOCTOR_VOCAB, 1), cfg, data, workers, Ranks())
         trainer.take_step()
@@ -6080,8 +6032,8 @@ def main(cfg: Knobs, warnings: list[str], env: dict[str, str]) -> None:
     use_device(cfg)
     if cfg.mode == "doctor":
         doctor_mode(cfg, warnings)
-    elif cfg.mode in USES:
-        USES[cfg.mode](Use.load(Path(cfg.eval_only), env))
+    elif cfg.mode in ("sample", "compress", "restore"):
+        getattr(Use.load(Path(cfg.eval_only), env), cfg.mode)()
     elif cfg.eval_only:
         path = Path(cfg.eval_only)
         score_mode(path / "artifact.bin" if path.is_dir() else path, env)
