@@ -5046,7 +5046,8 @@ def copy_rows(table, hashes, at, blank, rows):
         rows[a, 1:] = blank
         for place in range(at[a], at[a] + WAYS):
             if np.int64(table[place, 0]) == np.int64(hashes[a] >> np.uint64(48)) | 1:
-                rows[a] = table[place]
+                for k in range(1, 8):
+                    rows[a, k] = table[place, k]
         at[a] = a
 
 
