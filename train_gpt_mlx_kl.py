@@ -5484,9 +5484,13 @@ class Use:
         return flags, crc, count, raw[end:]
 
 
-def report_sample(pieces: Pieces, report: Report, trainer: Trainer) -> None:
-    """Report what the net, with the weights that validation takes, makes up: 40 tokens."""
-    model, cfg, rng = trainer.model, trainer.cfg, np.random.default_rng(trainer.cfg.seed)
+def report_sample(path: Path, facts: Tokenizer, report: Report, trainer: Trainer) -> None:
+    """Report what the net, with the weights that validation takes, makes up: 40 tokens.
+
+    path: of the tokenizer.
+    """
+    model, cfg, pieces = trainer.model, trainer.cfg, Pieces(path, facts)
+    rng = np.random.default_rng(cfg.seed)
     model.update(tree_unflatten(list(trainer.average.items())))
     length = eval_shape(cfg)[0]
     net = NetReader(model, length, max(length // 2, 1))
@@ -5757,7 +5761,7 @@ def train_run(
         for line in describe_training(trainer, text):
             report.line(line)
         packer = new_packer(trainer, tokenizer)
-        sample = functools.partial(report_sample, Pieces(tokenizer_path, tokenizer), report)
+        sample = functools.partial(report_sample, tokenizer_path, tokenizer, report)
         lines = resume(trainer, packer, saved, written) if saved else ()
         for line in ranks.in_turn(lambda: list(lines)):
             report.line(line)

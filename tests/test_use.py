@@ -184,9 +184,10 @@ def test_a_stream_has_no_half_characters():
 # Sampling while training
 
 
-def test_samples_leave_training_as_it_is(make_trainer):
+def test_samples_leave_training_as_it_is(make_trainer, monkeypatch):
     lines, report = [], SimpleNamespace(event=lambda event, line: lines.append((event, line)))
     pieces = SimpleNamespace(texts=[f"{i} ".encode() for i in range(50)], start=b"")
+    monkeypatch.setattr(t, "Pieces", lambda *_: pieces)
     env = {"WORKERS": 2, "ITERATIONS": 6, "EMA_START_FRAC": 0.2, "LATE_QAT_THRESHOLD": 0.5,
            "WARMDOWN_ITERS": 4}  # fmt: skip
     states = []
@@ -195,7 +196,7 @@ def test_samples_leave_training_as_it_is(make_trainer):
         while not trainer.finished():
             trainer.take_step()
             if sampled:
-                t.report_sample(pieces, report, trainer)
+                t.report_sample(None, None, report, trainer)
         arrays, counters = trainer.state()
         del counters["elapsed_s"]
         arrays = {f"{k}/{n}": np.array(a) for k, part in arrays.items() for n, a in part.items()}
@@ -205,6 +206,14 @@ def test_samples_leave_training_as_it_is(make_trainer):
     texts = [event["text"] for event, _ in lines]
     assert len(texts) == 6 and len(set(texts)) > 1 and max(len(x.split()) for x in texts) > 5
     assert lines[0][1].format(**lines[0][0], n=6) == f"step:1/6 sample:{texts[0]!r}"
+
+
+def test_samples_come_every_so_many_steps(make_trainer, tmp_path):
+    trainer, steps = make_trainer(ITERATIONS=7, SAMPLE_EVERY=3), []
+    report = SimpleNamespace(folder=tmp_path, event=lambda *_: None, line=lambda *_: None)
+    keeper = SimpleNamespace(due=lambda: False)
+    t.train(trainer, report, None, lambda trainer: steps.append(trainer.step), keeper)
+    assert steps == [3, 6] and trainer.step == 7
 
 
 # --------------------------------------------------------------------------------------------------
@@ -395,7 +404,7 @@ def test_the_net_helps_on_its_own_machine_alone(usual, monkeypatch):
 def test_damage_is_a_line_and_leaves_nothing(usual):
     code, rng = usual.there_and_back(words(40, 99).encode()), random.Random(0)
     true, path = (usual.folder / "file").read_bytes(), usual.folder / "damaged.tgk"
-    damaged = [code[:n] for n in range(0, len(code), 3)] + [code + b"x", b"x" + code]
+    damaged = [code[:n] for n in range(0, len(code), 3)] + [b"x" + code]
     flips = [*range(8 * 13), *rng.choices(range(8 * len(code)), k=20)]
     for bit in flips:
         flipped = bytearray(code)
@@ -415,6 +424,8 @@ def test_damage_is_a_line_and_leaves_nothing(usual):
             lines.add(str(error).partition(": ")[2][:12])
         assert not out.exists() and not (usual.folder / "part-damaged").exists()
     assert len(lines) >= 4 and harmless < 9
+    path.write_bytes(code + b"x")
+    fails(usual.use(path), "restore", "damaged, or cut short: copy it again")
 
 
 def fails(use, work, text):
