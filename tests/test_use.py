@@ -521,6 +521,8 @@ def test_a_shard_takes_the_bits_that_its_score_claims(usual, tmp_path, with_net,
     claimed = score["val_bpb" if with_net else "val_bpb_context"] * score["val_bytes"] / 8
     assert abs(code.stat().st_size - claimed) < 20
     assert f"{score['val_bytes']:,} bytes (of a shard's text)" in capsys.readouterr().out
+    if with_net:
+        assert use.coding_predictor(1, t.NET_TOO).net.stride == t.eval_shape(use.cfg, mode)[1]
 
 
 def test_what_only_looks_like_a_shard_comes_back(usual, tmp_path):
