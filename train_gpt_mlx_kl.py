@@ -15,6 +15,8 @@
     DATA_PATH=.. TOKENIZER_PATH=.. python train_gpt_mlx_kl.py     public layouts
     MODE=score ARTIFACT=logs/RUN DATA_PATH=.. python train_gpt_mlx_kl.py
     MODE=doctor python train_gpt_mlx_kl.py              what this machine can do
+    MODE=sample ARTIFACT=logs/RUN PROMPT=".." python train_gpt_mlx_kl.py
+    MODE=compress ARTIFACT=logs/RUN FILE=notes.txt python train_gpt_mlx_kl.py
 
 Everything is set by environment variables; `--help` lists them. The file reads top to bottom in
 the order in which data flows:
@@ -36,12 +38,14 @@ the order in which data flows:
     PACKING           training text inside the artifact, whose decoding primes the mixer
     EVALUATION        load, prime, decode the first tokens' code, score each position once, total
     AUDIT             causality, normalisation, bytes: checked through the code that scores
+    USE               a file token by token: samples of text; files compressed and restored
     MODES             two programs that meet in files, train and score; a doctor for machines
 """
 
 from __future__ import annotations
 
 import atexit
+import codecs
 import contextlib
 import ctypes
 import dataclasses
@@ -75,7 +79,7 @@ import textwrap
 import threading
 import time
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
@@ -185,16 +189,16 @@ interrupts = Interrupts()
 LIVE: list[Any] = []  # the terminal's live line (tqdm), while there is one
 
 
-def say(text: str) -> None:
+def say(text: str, end: str = "\n") -> None:
     """Print a line, wrapped on a terminal. Where nobody reads it, the program is asked to end."""
     try:
-        if sys.stdout.isatty() and " python " not in text:  # a command is to be copied whole
+        if end and sys.stdout.isatty() and " python " not in text:  # to be copied whole
             width = shutil.get_terminal_size().columns
             text = textwrap.fill(text, max(width, 40), subsequent_indent="    ",
                                  break_long_words=False, break_on_hyphens=False)  # fmt: skip
         for bar in LIVE:
             bar.clear()
-        print(text, flush=True)
+        print(text, end=end, flush=True)
     except OSError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # for the lines that are still to come
         if not interrupts.asked:
@@ -208,6 +212,7 @@ SCOPES = {  # what a knob is for
     "rate": "how fast it learns; an artifact keeps it, RESUME may change it after a divergence",
     "model": "what an artifact's numbers mean; RESUME and EVAL_ONLY refuse a change",
     "eval": "how a text is scored; an artifact keeps it, RESUME and EVAL_ONLY may change it",
+    "use": "what MODE=sample, compress and restore do with an ARTIFACT",
 }
 KEPT_SCOPES = ("train", "rate", "model", "eval")  # those of the settings in an artifact's header
 
@@ -226,8 +231,9 @@ def knob(default: Any, help: str, scope: str, lo=0, hi=1e18, choices="", alias="
 class Knobs:
     """The settings of a run. Defaults are the public stack's; PRESET changes some (see PRESETS)."""
 
-    mode: str = knob("train", "what to do; score: ARTIFACT; doctor: look at this machine", "run",
-                     choices="train score doctor")  # fmt: skip
+    mode: str = knob("train", "what to do; score, sample, compress, restore: with ARTIFACT; "
+                     "doctor: look at this machine", "run",
+                     choices="train score sample compress restore doctor")  # fmt: skip
     preset: str = knob("auto", "values of what is left unset; auto: cpu on a CPU, else mac", "run",
                        choices="auto cpu mac h100 baseline")  # fmt: skip
     run_id: str = knob("", "name of the run's folder; empty: date, time and seed", "run")
@@ -249,6 +255,7 @@ class Knobs:
     warmdown_iters: int = knob(3500, "last steps, over which the learning rate falls to 0", "run")
     warmdown_frac: float = knob(0.0, "share of the run that they are at most; 0: any", "run", hi=1)
     train_log_every: int = knob(200, "steps between train lines; 0: none", "run")
+    sample_every: int = knob(0, "steps between lines of text by the net; 0: none", "run")
     grad_accum_steps: int = knob(8, "microbatches per step and worker, at least", "run", lo=1)
     mlx_max_microbatch_tokens: int = knob(8192, "tokens per microbatch, at most", "run", lo=1)
     mlx_eager_eval: bool = knob(True, "one worker: compute each microbatch before the next", "run")
@@ -333,6 +340,16 @@ class Knobs:
     eval_seq_len: int = knob(0, "tokens per window; 0: TRAIN_SEQ_LEN", "eval", hi=1 << 16)
     eval_stride: int = knob(64, "tokens that a window advances", "eval", lo=1, hi=1 << 16)
     eval_batch_seqs: int = knob(16, "windows per batch", "eval", lo=1, hi=4096)
+
+    prompt: str = knob("", "sample: text that the sample goes on from", "use")
+    sample_tokens: int = knob(200, "sample: tokens at most", "use")
+    sample_with: str = knob("all", "sample: who says what comes next", "use",
+                            choices="all net contexts")  # fmt: skip
+    temperature: float = knob(0.8, "sample: log-probabilities are divided by it", "use", hi=100)
+    top_p: float = knob(0.95, "sample: share of the likeliest tokens, others not", "use", hi=1)
+    file: str = knob("", "compress, restore: path of the file", "use")
+    output: str = knob("", "their result; empty: FILE.tgk, or FILE without .tgk", "use")
+    with_net: bool = knob(False, "compress: with the net too, for this machine alone", "use")
 
 
 PRESETS = {
@@ -521,7 +538,8 @@ def check_together(cfg: Knobs) -> list[str]:
             2 * cfg.engram_n_heads * cfg.engram_hash_size * cfg.engram_embed_dim <= 1 << 28,
         "RUN_ID={run_id}: use letters, digits and . _ + = -, the first no sign":
             re.fullmatch(r"(\w[\w.+=-]*)?", cfg.run_id),
-        "MODE=score needs ARTIFACT: which file?": cfg.eval_only or cfg.mode != "score",
+        "MODE={mode} needs ARTIFACT: which file?": cfg.eval_only or cfg.mode in ("train", "doctor"),
+        "MODE={mode} needs FILE: which one?": cfg.file or cfg.mode not in ("compress", "restore"),
         "RESUME=1 needs RUN_ID: which run should go on?": cfg.run_id or not cfg.resume,
         "NGRAM_ALPHA={ngram_alpha}: must be from 0 to 1, or auto":
             re.fullmatch(r"auto|0|1|0?\.\d+|[01]\.0*", cfg.ngram_alpha),
@@ -1788,6 +1806,8 @@ def cpu_cross_entropy(cap: float) -> Callable[..., list[Array]]:
 # ==================================================================================================
 
 RMS_EPS = 1e-6
+CONTEXT_TOKENS = 5  # at a position, itself among them, that embeddings and hashes look at
+Caches = list[list[Array]]
 
 
 def rms_norm(x: Array) -> Array:
@@ -1862,19 +1882,28 @@ class Attention(nn.Module):
         self.proj = Linear(mx.zeros((d, d)))
         self.q_gain = mx.full((self.heads,), cfg.qk_gain_init)
 
-    def __call__(self, x: Array, gain: Array, training: bool) -> Array:
-        """(B, T, D) -> (B, T, D), times gain (D,)."""
+    def __call__(
+        self, x: Array, gain: Array, training: bool, cache: list[Array] | None = None
+    ) -> Array:
+        """(B, T, D) -> (B, T, D), times gain (D,); cache: see `GPT.logits`."""
         batch, length, _ = x.shape
 
         def split(y: Array, heads: int) -> Array:
             return y.reshape(batch, length, heads, self.head_dim)
 
         q_gain = mx.minimum(self.q_gain, SCORE_LIMIT / self.head_dim**0.5)
-        rope = self.rope_dims, self.rope_base
+        rope = self.rope_dims, self.rope_base, cache[0].shape[2] if cache else 0
         q = scaled(rotary(rms_norm(split(self.c_q(x), self.heads)), *rope), q_gain[:, None, None])
         k = rotary(rms_norm(split(self.c_k(x), self.kv_heads)), *rope)
         v = split(self.c_v(x), self.kv_heads).transpose(0, 2, 1, 3)
-        y = causal_attention(q, k, v, self.head_dim**-0.5, training)
+        if cache is None:
+            y = causal_attention(q, k, v, self.head_dim**-0.5, training)
+        else:
+            more = zip(cache, (k, v), strict=False)
+            cache[:] = [mx.concatenate(pair, axis=2) for pair in more] or [k, v]
+            y = mx.fast.scaled_dot_product_attention(
+                q, *cache, scale=self.head_dim**-0.5, mask="causal"
+            )
         if self.xsa:
             own = mx.repeat(v, self.heads // self.kv_heads, axis=1)
             own = own * mx.rsqrt(row_sum(own * own) + 1e-6).astype(x.dtype)
@@ -1882,15 +1911,15 @@ class Attention(nn.Module):
         return self.proj(y.transpose(0, 2, 1, 3).reshape(batch, length, -1), gain)
 
 
-def rotary(x: Array, dims: int, base: float) -> Array:
+def rotary(x: Array, dims: int, base: float, first: int = 0) -> Array:
     """RoPE on the first `dims` of d, neighbours in pairs: (B, T, H, d) -> (B, H, T, d).
 
-    MLX's kernel, or on a CPU a complex product.
+    first: position of the first one. MLX's kernel, or on a CPU a complex product from 0 on.
     """
-    if on_cpu():
+    if on_cpu() and not first:
         return cpu_rotate(x, rope_turns(x.shape[1], x.shape[3], dims, base)).transpose(0, 2, 1, 3)
     x = x.transpose(0, 2, 1, 3)
-    return mx.fast.rope(x, dims, traditional=True, base=base, scale=1.0, offset=0)
+    return mx.fast.rope(x, dims, traditional=True, base=base, scale=1.0, offset=first)
 
 
 def causal_attention(q: Array, k: Array, v: Array, scale: float, training: bool) -> Array:
@@ -1946,10 +1975,12 @@ class Block(nn.Module):
         self.resid_mix = mx.stack([mx.ones((cfg.model_dim,)), mx.zeros((cfg.model_dim,))])
         self.depth_scale = 1 / math.sqrt(index + 1) if cfg.ln_scale_enabled else 1.0
 
-    def __call__(self, x: Array, x0: Array, training: bool) -> Array:
+    def __call__(
+        self, x: Array, x0: Array, training: bool, cache: list[Array] | None = None
+    ) -> Array:
         """x, x0 (B, T, D) -> (B, T, D); x0 is the embedding."""
         x = scaled(x, self.resid_mix[0]) + scaled(x0, self.resid_mix[1])
-        x = x + self.attn(rms_norm(x), self.attn_scale * self.depth_scale, training)
+        x = x + self.attn(rms_norm(x), self.attn_scale * self.depth_scale, training, cache)
         return x + self.mlp(rms_norm(x), self.mlp_scale * self.depth_scale**2)
 
 
@@ -2029,26 +2060,27 @@ class GPT(nn.Module):
             x = x + scaled(before, mx.sigmoid(self.smear_gate))
         return rms_norm(x)
 
-    def trunk(self, x: Array, training: bool) -> Array:
+    def trunk(self, x: Array, training: bool, caches: Caches | None = None) -> Array:
         """Embedding (B, T, D) -> features for the head (B, T, D)."""
         x0, half, kept = x, len(self.blocks) // 2, []
         for i, block in enumerate(self.blocks):
             if i >= half and kept:
                 x = x + scaled(kept.pop(), self.skips[i - half])
-            x = block(x, x0, training)
+            x = block(x, x0, training, None if caches is None else caches[i])
             if i < half:
                 kept.append(x)
         return rms_norm(x)
 
     def head_inputs(
-        self, x: Array, last: int, training: bool = False
-    ) -> tuple[Array, Array, Array]:
+        self, x: Array, last: int, training: bool = False, caches: Caches | None = None,
+        seen: int = 0,
+    ) -> tuple[Array, Array, Array]:  # fmt: skip
         """Inputs (B, T) -> (f (B*last, K), weight (V, K), bias (B*last, V) or (1, 1)).
 
         The uncapped logits of the last positions are f @ weight.T + bias.
         """
-        context = document_context(x, self.bos, 5)
-        h = self.trunk(self.embed(context), training)[:, -last:]
+        context = document_context(x, self.bos, CONTEXT_TOKENS)
+        h = self.trunk(self.embed(context)[:, seen:], training, caches)[:, -last:]
         recent = [c[:, -last:] for c in context]
         f, weight, bias = [h], [self.tok_emb], mx.zeros((1, 1))
         if "engram" in self:
@@ -2078,12 +2110,14 @@ class GPT(nn.Module):
         logits = (f @ weight.T + bias).astype(mx.float32)
         return nn.losses.cross_entropy(self.cap * mx.tanh(logits / self.cap), y)
 
-    def logits(self, x: Array, last: int) -> Array:
+    def logits(self, x: Array, last: int, caches: Caches | None = None, seen: int = 0) -> Array:
         """Inputs (B, T) -> soft-capped logits after the last positions: (B, last, V) float32.
 
         Scores are made of these: the head takes MLX's exact functions in float32 on every device.
+        caches: a list per block, at first empty, of its keys and values (B, Hkv, n, d) of the
+        window so far, which grow; x then starts with the last `seen` inputs that they know.
         """
-        f, weight, bias = self.head_inputs(x, last)
+        f, weight, bias = self.head_inputs(x, last, False, caches, seen)
         f, weight, bias = (a.astype(mx.float32) for a in (f, weight, bias))
         logits = self.cap * mx.tanh((f @ weight.T + bias) / self.cap)
         return logits.reshape(x.shape[0], last, -1)
@@ -3163,8 +3197,9 @@ class Keeper:
 
 
 def train(
-    trainer: Trainer, report: Report, validate: Callable[[Trainer], None], keeper: Keeper
-) -> None:
+    trainer: Trainer, report: Report, validate: Callable[[Trainer], None],
+    sample: Callable[[Trainer], None], keeper: Keeper,
+) -> None:  # fmt: skip
     """Take steps until the steps or the clock are used up; log, validate and save on the way."""
     cfg, ranks = trainer.cfg, trainer.ranks
 
@@ -3184,6 +3219,8 @@ def train(
                 smoothed = before + 0.05 * (event["train_loss"] - before)
             if report.folder and smoothed is not None:
                 watch(trainer, smoothed, show)
+            if due(cfg.sample_every) and report.folder:
+                sample(trainer)
             # Each rank has a clock of its own.
             save = due(cfg.checkpoint_every) or keeper.due()
             asked, save = ranks.any(bool(interrupts.asked), save)
@@ -4984,6 +5021,42 @@ def check_message(
     return f"{len(nats)} tokens decoded from {len(code)} bytes, {decoded / 8:.1f} claimed"
 
 
+def load_net(cfg: Knobs, path: Path, artifact: Artifact) -> GPT:
+    """An artifact's net. Raises UserError where settings give its numbers another meaning."""
+    made_with, tokenizer = artifact.header["knobs"], artifact.tokenizer
+    for name, value in settings_of(cfg, "model").items():
+        of_mixer = name in ("MIXER_MEMORY_MB", "MIXER_SIZE")
+        if value != made_with[name] and not (of_mixer and cfg.mixer != "logistic"):
+            raise UserError(f"{name}={value}: {path} has {made_with[name]}: unset it")
+    check_vocab(cfg, tokenizer)
+    if cfg.mixer == "logistic" and not artifact.packed:
+        raise UserError(f"MIXER=logistic: {path} was made with MIXER={made_with['MIXER']}")
+    held = sum(p.size for p in artifact.params.values())
+    if least_parameters(cfg, tokenizer.vocab) > held:
+        raise UserError(f"{path}: its settings ask for more parameters than its {held:,}")
+    quick = dataclasses.replace(cfg, use_ortho_init=False)  # its first weights are not used
+    model = GPT(quick, tokenizer.vocab, tokenizer.bos)
+    try:
+        model.load_weights(list(artifact.params.items()))
+    except ValueError as error:
+        raise UserError(f"{path}: its tensors do not fit its settings: {error}") from None
+    mx.eval(model.parameters())  # here, as another thread takes the net's rows
+    return model
+
+
+def prime_contexts(cfg: Knobs, artifact: Artifact, tokens: int) -> ContextModel:
+    """A context model for so many tokens, which has read the artifact's text and nothing else."""
+    packed = artifact.packed if cfg.mixer == "logistic" else None
+    leaf, paid = (packed.leaf, packed.token_count) if packed else (None, 0)
+    context_model = new_context_model(cfg, artifact.tokenizer, leaf, tokens + paid)
+    if packed:
+        unpack(context_model, packed, "priming")
+    if context_model.learned != paid:
+        learned = context_model.learned
+        raise AuditFailed("paid text", f"learned {learned} tokens, paid {paid}")
+    return context_model
+
+
 @dataclass
 class Scoring:
     """An artifact, reloaded from disk, a text, and the stages that make a score of them."""
@@ -5004,39 +5077,13 @@ class Scoring:
     ) -> Scoring:  # fmt: skip
         """Read the validation shards of a folder, and the artifact unless it has been read."""
         artifact = artifact or read_artifact(path)
-        made_with, tokenizer = artifact.header["knobs"], artifact.tokenizer
-        for name, value in settings_of(cfg, "model").items():
-            of_mixer = name in ("MIXER_MEMORY_MB", "MIXER_SIZE")
-            if value != made_with[name] and not (of_mixer and cfg.mixer != "logistic"):
-                raise UserError(f"{name}={value}: {path} has {made_with[name]}: unset it")
-        check_vocab(cfg, tokenizer)
-        if cfg.mixer == "logistic" and not artifact.packed:
-            raise UserError(f"MIXER=logistic: {path} was made with MIXER={made_with['MIXER']}")
-        held = sum(p.size for p in artifact.params.values())
-        if least_parameters(cfg, tokenizer.vocab) > held:
-            raise UserError(f"{path}: its settings ask for more parameters than its {held:,}")
-        quick = dataclasses.replace(cfg, use_ortho_init=False)  # its first weights are not used
-        model = GPT(quick, tokenizer.vocab, tokenizer.bos)
-        try:
-            model.load_weights(list(artifact.params.items()))
-        except ValueError as error:
-            raise UserError(f"{path}: its tensors do not fit its settings: {error}") from None
-        mx.eval(model.parameters())  # here, as another thread takes the net's rows
-        text = load_validation(folder, tokenizer, cfg.val_max_tokens)
+        model = load_net(cfg, path, artifact)
+        text = load_validation(folder, artifact.tokenizer, cfg.val_max_tokens)
         return cls(cfg, path, artifact, model, text, workers)
 
     def prime(self) -> ContextModel:
         """A context model that has read the artifact's text, and nothing else."""
-        packed = self.artifact.packed if self.cfg.mixer == "logistic" else None
-        leaf, paid = (packed.leaf, packed.token_count) if packed else (None, 0)
-        capacity = len(self.text.tokens) + paid
-        context_model = new_context_model(self.cfg, self.artifact.tokenizer, leaf, capacity)
-        if packed:
-            unpack(context_model, packed, "priming")
-        if context_model.learned != paid:
-            learned = context_model.learned
-            raise AuditFailed("paid text", f"learned {learned} tokens, paid {paid}")
-        return context_model
+        return prime_contexts(self.cfg, self.artifact, len(self.text.tokens))
 
     def message_facts(self) -> dict[str, Any]:
         """What a message says of itself: nothing of it may differ where it is decoded."""
@@ -5299,6 +5346,508 @@ class Audit:
 
 
 # ==================================================================================================
+# USE: a text token by token: samples by an artifact; files compressed with it, and restored
+# ==================================================================================================
+
+
+class NetReader:
+    """The net, which reads a text token by token; by a key-value cache each costs one position.
+
+    Windows follow each other as in scoring: when one is full, all of it but its first `stride`
+    tokens is read anew, as the next one's start.
+    """
+
+    def __init__(self, model: GPT, length: int, stride: int) -> None:
+        """length: tokens per window."""
+        self.model, self.length, self.stride = model, length, stride
+        self.window: list[int] = []
+        self.caches: Caches = []
+        self.logs: np.ndarray | None = None  # (V,) float32: ln P of what comes next
+
+    def read(self, token: int) -> None:
+        """Read the text's next token."""
+        known = len(self.window)
+        if known in (0, self.length):
+            self.window, known = self.window[self.stride :], 0
+            self.caches = [[] for _ in self.model.blocks]
+        self.window.append(token)
+        seen = min(known, CONTEXT_TOKENS - 1)
+        inputs = mx.array(self.window[known - seen :])[None]
+        self.logs = log_softmax(np.array(self.model.logits(inputs, 1, self.caches, seen))[0, 0])
+
+
+@bare_kernel
+def copy_rows(table, rows, hashes, at, fresh, first_ones, blank, copies):
+    """Copy what `find_rows` would find, (n, 8), from a table that stays as it is."""
+    for a in range(len(rows)):
+        if first_ones or not (fresh[a] and rows[a, 7]):
+            tag, place = np.int64(hashes[a] >> np.uint64(48)) | 1, at[a]
+            while place < at[a] + WAYS and np.int64(table[place, 0]) != tag:
+                place += 1
+            fresh[a] = place == at[a] + WAYS
+        for k in range(1, 8):
+            copies[a, k] = blank if fresh[a] else table[place, k]
+        at[a] = a
+
+
+@bare_kernel
+def walk_tree(mixer, still, row, logs, fresh):
+    """Write ln P (2^(L+1),) of each node of the tree by a mixer that does not learn meanwhile.
+
+    mixer: see `code_tokens`; still: its Past with (SLOTS, 8) and (CANDIDATES, 8) rows for tables,
+    written; row: (V,) of the net's, or (0,); fresh (2^L, SLOTS), written: see `find_rows`.
+    """
+    fixed, past, now, mass = Fixed(*mixer[0]), Past(*mixer[1]), mixer[2][0], mixer[3]
+    there = Past(*still)
+    now.judges = 2 if len(row) else 1
+    begin_token(fixed, past, now)
+    copy_rows(past.candidates, fixed.candidate_rows, now.candidate_hashes, now.found, now.unknown,
+              True, 0, there.candidates)  # fmt: skip
+    if len(row):
+        net_masses(fixed, mass, row)
+    for level in range(0, fixed.levels, SLOT_LEVELS):
+        for top in range(1 << level, 2 << level):
+            if fixed.inside[top] > 1:
+                for a in range(SLOTS):
+                    fresh[top, a] = fresh[top >> SLOT_LEVELS, a]
+                now.touched += touch_rows(past.slots, fixed.slot_rows, now.slot_keys, top,
+                                          now.slot_hashes, now.slot)  # fmt: skip
+                copy_rows(past.slots, fixed.slot_rows, now.slot_hashes, now.slot, fresh[top],
+                          level == 0, UNSEEN, there.slots)  # fmt: skip
+            for cell_at in range(1, 1 << min(SLOT_LEVELS, fixed.levels - level)):
+                down = (cell_at > 1) + (cell_at > 3)
+                now.cell_at, now.level = cell_at, level + down
+                now.node = node = (top << down) + cell_at - (1 << down)
+                logs[2 * node], logs[2 * node + 1] = logs[node], -np.inf
+                if fixed.inside[2 * node + 1]:
+                    predict_bit(fixed, there, now, mass)
+                    p = now.p[2] / 65536
+                    logs[2 * node] += math.log(1 - p)
+                    logs[2 * node + 1] = logs[node] + math.log(p)
+
+
+class Predictor:
+    """The primed mixer, the net, or both together, on a text that comes token by token."""
+
+    def __init__(self, mixer: LogisticMixer | None, net: NetReader | None) -> None:
+        self.mixer, self.net = mixer, net
+
+    def code(self, tokens: np.ndarray, coder: Coder | None = None) -> None:
+        """Read tokens (m,) int64; with a coder write their code, or decode them in place."""
+        if not self.net:
+            self.mixer.code(tokens, None, coder)
+            return
+        for i in range(len(tokens)):
+            logs = None if self.net.logs is None else self.net.logs[None]
+            if self.mixer:
+                self.mixer.code(tokens[i : i + 1], logs, coder)
+            self.net.read(int(tokens[i]))
+
+    def log_probabilities(self) -> np.ndarray:
+        """ln P of each token to come next: (V,), which sums to 1.
+
+        The mixer's are those of a mixer at rest. In scoring it learns from a token's first
+        decisions before it is asked for the last ones. That moves 2 % of the probability to other
+        tokens in a mixer of 200 tokens, 0.1 % after 4,000.
+        """
+        if not self.mixer:
+            return self.net.logs
+        mixer, row, leaves = self.mixer, np.zeros(0, np.uint32), len(self.mixer.fixed.token)
+        if self.net:
+            row = (np.exp(np.minimum(self.net.logs, 0)) * np.float32(1 << 30)).astype(np.uint32)
+            if not mixer.state.marks["joined"][0]:
+                join_net(mixer.state)
+        still = mixer.state._replace(slots=np.zeros((SLOTS, 8), np.uint32),
+                                     candidates=np.zeros((CANDIDATES, 8), np.uint32))  # fmt: skip
+        whole = tuple(mixer.fixed), tuple(mixer.state), mixer.now, mixer.mass
+        logs = np.zeros(2 * leaves)
+        walk_tree(whole, tuple(still), row, logs, np.zeros((leaves, SLOTS), np.int64))
+        return logs[leaves + mixer.fixed.leaf]
+
+    def sample(
+        self, prompt: Sequence[int], count: int, cfg: Knobs, rng: np.random.Generator
+    ) -> Iterator[int]:
+        """At most so many tokens that go on from a prompt, to the document's end."""
+        self.code(np.array(prompt, np.int64))
+        for _ in range(count):
+            token = draw(self.log_probabilities(), cfg.temperature, cfg.top_p, rng)
+            if token == prompt[0]:
+                return
+            yield token
+            self.code(np.array([token], np.int64))
+
+
+def draw(logs: np.ndarray, temperature: float, top_p: float, rng: np.random.Generator) -> int:
+    """A token by ln P / temperature, (V,), out of the likeliest whose share reaches top_p."""
+    order = np.argsort(-logs, kind="stable")
+    total = np.cumsum(np.exp((logs - logs.max())[order] / max(temperature, 1e-3), dtype=float))
+    kept = int(np.searchsorted(total, top_p * total[-1])) + 1
+    return int(order[np.searchsorted(total[: kept - 1], rng.random() * total[kept - 1], "right")])
+
+
+def bytes_of_pieces(facts: Tokenizer) -> list[bytes]:
+    """What each piece adds to a text."""
+    ends = np.cumsum(facts.piece_bytes.astype(np.int64)).tolist()
+    return [facts.text[a:b] for a, b in itertools.pairwise([0, *ends])]
+
+
+class Pieces:
+    """A tokenizer that any bytes go through, and come back from exactly.
+
+    Its SentencePiece model is loaded with its normalisation off: it drops no spaces and replaces no
+    characters. What no piece spells, such as bytes that are not UTF-8, goes as byte pieces.
+    """
+
+    # A protobuf message behind another overrides its fields: normalizer_spec { name: "identity"
+    # precompiled_charsmap: "" add_dummy_prefix: 0 remove_extra_whitespaces: 0 }
+    as_it_is = b"\x1a\x10\x0a\x08identity\x12\x00\x18\x00\x20\x00"
+
+    def __init__(self, path: Path, facts: Tokenizer) -> None:
+        import sentencepiece
+
+        self.path, load = path, sentencepiece.SentencePieceProcessor
+        self.start = b" " * facts.dummy_prefix  # before a text
+        self.model, usual = load(model_proto=path.read_bytes() + self.as_it_is), load(str(path))
+        self.keeps_lines = "\n" in usual.decode(usual.encode("a\nb"))
+        self.texts = bytes_of_pieces(load_tokenizer(path))
+        pieces = enumerate(usual.id_to_piece(list(range(facts.vocab))))
+        self.byte_ids = {int(piece[1:-1], 16): i for i, piece in pieces if usual.is_byte(i)}
+
+    def encode(self, raw: bytes) -> list[int]:
+        """Tokens whose `decode` is `raw`. Raises UserError where some bytes have no piece."""
+        if len(self.byte_ids) < 256:
+            raise UserError(f"TOKENIZER_PATH={self.path}: made without byte_fallback, it lacks the "
+                            "256 byte pieces that spell any text")  # fmt: skip
+        runs = re.split("([\udc80-\udcff\u2581]+)", raw.decode("utf-8", "surrogateescape"))
+        coded = (self.spell(run) if i % 2 else self.encode_run(run) for i, run in enumerate(runs))
+        return list(itertools.chain.from_iterable(coded))
+
+    def encode_run(self, run: str) -> list[int]:
+        """The model's tokens; of a run that they do not spell, those of its halves."""
+        ids, half = self.model.encode(run), len(run) // 2
+        if self.decode(ids) == run.encode():
+            return ids
+        if not half:
+            return self.spell(run)
+        return self.encode_run(run[:half]) + self.encode_run(run[half:])
+
+    def spell(self, run: str) -> list[int]:
+        """Byte pieces."""
+        return [self.byte_ids[byte] for byte in run.encode("utf-8", "surrogateescape")]
+
+    def decode(self, ids: Sequence[int]) -> bytes:
+        """The text of tokens."""
+        return b"".join(map(self.texts.__getitem__, ids))
+
+    def tokens_of(self, chunks: Iterable[bytes], lines: bool) -> Iterator[np.ndarray]:
+        """A file's tokens; lines: each line but the first begins with a space, as words do."""
+        start = self.start
+        for raw in chunks:
+            raw = raw.replace(b"\n", b"\n ") if lines else raw
+            yield np.array(self.encode(start + raw), np.uint16)
+            start = b""
+
+    def text_of(self, parts: Iterable[np.ndarray], lines: bool) -> Iterator[bytes]:
+        """The inverse of `tokens_of`, however the tokens are cut into parts."""
+        start, held = len(self.start), b""
+        for part in parts:
+            raw, start, held = held + self.decode(part.tolist())[start:], 0, b""
+            if lines:
+                raw, held = (raw[:-1], b"\n") if raw.endswith(b"\n") else (raw, b"")
+                raw = raw.replace(b"\n ", b"\n")
+            yield raw
+        yield held
+
+
+def streamed(tokens: Iterator[int], texts: list[bytes], skip: int) -> Iterator[str]:
+    """The text of tokens as it comes, in whole characters, without its first `skip` bytes."""
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    for token in tokens:
+        text, skip = texts[token][skip:], 0
+        yield decoder.decode(text)
+    yield decoder.decode(b"", True)
+
+
+# A .tgk file: TGK, whose flags say in bits 4 to 7 how many bytes the number of tokens takes; that
+# number; with NET_TOO the 2 bytes of `machine_mark`; the tokens' arithmetic code. What is no shard
+# has a BOS before it, neither counted nor coded.
+TGK, TGK_MAGIC = struct.Struct("<2sB4sI"), b"\x9eK"  # magic, flags, SHA-256 of artifact, CRC-32
+SHARD, LINES, NET_TOO = 1, 2, 4
+CHUNK_BYTES = 1 << 20  # of a file that is read at once
+
+
+def shard_header(count: int) -> bytes:
+    """What stands before a shard's tokens."""
+    ints = np.zeros(SHARD_HEADER_INTS, "<i4")
+    ints[:3] = SHARD_MAGIC, SHARD_VERSION, count
+    return ints.tobytes()
+
+
+def shard_tokens(path: Path, vocab: int) -> np.ndarray | None:
+    """The tokens of a shard, (n,) int32; None if the file is none, or more than its tokens say."""
+    try:
+        tokens = check_ids(Shard(path)[:], vocab, path)
+    except UserError:
+        return None
+    with open(path, "rb") as file:
+        whole = file.read(4 * SHARD_HEADER_INTS) == shard_header(len(tokens))
+    return tokens if whole and len(tokens) else None
+
+
+def file_chunks(path: Path) -> Iterator[bytes]:
+    """A file, cut before line ends, or else before spaces, where there are such."""
+    rest = b""
+    with open(path, "rb") as file:
+        while more := file.read(CHUNK_BYTES):
+            rest += more
+            cut = max(rest.rfind(b"\n"), 0) or max(rest.rfind(b" "), 0) or len(rest)
+            yield rest[:cut]
+            rest = rest[cut:]
+    yield rest
+
+
+def file_bytes(
+    pieces: Pieces | None, flags: int, count: int, parts: Iterable[np.ndarray]
+) -> Iterable[bytes]:
+    """The file that tokens stand for, in parts: of a text's pieces, or a shard of so many."""
+    if pieces:
+        return pieces.text_of(parts, bool(flags & LINES))
+    return itertools.chain([shard_header(count)], (part.astype("<u2").tobytes() for part in parts))
+
+
+def checksum_of(chunks: Iterable[bytes]) -> tuple[int, int]:
+    """(CRC-32, size) of bytes in chunks."""
+    crc = size = 0
+    for chunk in chunks:
+        crc, size = zlib.crc32(chunk, crc), size + len(chunk)
+    return crc, size
+
+
+def machine_mark(cfg: Knobs) -> bytes:
+    """2 bytes that are others where the net's numbers may be."""
+    facts = machine_kind(), processor_name(), mx.__version__, compute_dtype(cfg), BLAS_NAME
+    return hashlib.sha256(repr(facts).encode()).digest()[:2]
+
+
+def others(path: Path) -> str:
+    """What xz and brotli make of a file that is not too large for one's patience."""
+    if path.stat().st_size > 1 << 24:
+        return ""
+    import brotli
+
+    raw = path.read_bytes()
+    xz = lzma.compress(raw, preset=9 | lzma.PRESET_EXTREME)
+    return f"; xz {len(xz):,}, brotli {len(brotli.compress(raw)):,}"
+
+
+@dataclass
+class Use:
+    """An artifact, and what MODE=sample, compress and restore make of it."""
+
+    cfg: Knobs
+    path: Path  # of the artifact
+    artifact: Artifact
+
+    @classmethod
+    def load(cls, path: Path, env: dict[str, str]) -> Use:
+        """Read an artifact, with its own settings where the environment has no others."""
+        path = path / "artifact.bin" if path.is_dir() else path
+        artifact = read_artifact(path)
+        cfg, warnings = knobs_from_env(env, kept=artifact.header["knobs"])
+        for warning in warnings:
+            print(f"warning: {warning}", file=sys.stderr)
+        use_device(cfg)
+        mixer = "logistic" if artifact.packed else "off"
+        return cls(dataclasses.replace(cfg, mixer=mixer), path, artifact)
+
+    @property
+    def bos(self) -> int:
+        """What a text starts with."""
+        return max(self.artifact.tokenizer.bos, 0)
+
+    def pieces(self) -> Pieces:
+        """The tokenizer that the artifact was made with. Raises UserError where it is not found."""
+        cfg, facts = self.cfg, self.artifact.tokenizer
+        paths = sorted((HERE / "data" / "tokenizers").glob("*.model"))
+        with contextlib.suppress(UserError):
+            paths += [tokenizer_beside(Path(cfg.data_path))] if cfg.data_path else []
+        for path in [Path(cfg.tokenizer_path)] if cfg.tokenizer_path else paths:
+            if path.is_file() and file_sha256(path) == facts.sha256:
+                return Pieces(path, facts)
+        raise UserError(f"TOKENIZER_PATH={cfg.tokenizer_path}: not the tokenizer of {self.path}, "
+                        f"whose SHA-256 begins with {facts.sha256[:8]}: set its path")  # fmt: skip
+
+    def predictor(self, tokens: int, contexts: bool, net: bool, stride: int) -> Predictor:
+        """Who predicts a text of so many tokens; stride: see `NetReader`."""
+        model, mixer = load_net(self.cfg, self.path, self.artifact), None
+        try:
+            if contexts:
+                mixer = prime_contexts(self.cfg, self.artifact, tokens)
+        except MemoryError:
+            raise UserError(f"no memory for a text of {tokens:,} tokens") from None
+        length = eval_shape(self.cfg)[0]
+        return Predictor(mixer, NetReader(model, length, stride) if net else None)
+
+    def sample(self) -> None:
+        """Print what comes after PROMPT, as it comes."""
+        cfg, pieces = self.cfg, self.pieces()
+        contexts, net = (cfg.sample_with in ("all", who) for who in ("contexts", "net"))
+        if not (net or self.artifact.packed):
+            raise UserError(f"SAMPLE_WITH=contexts: {self.path} has none, but a net")
+        raw = os.fsencode(cfg.prompt)
+        prompt = [self.bos, *pieces.encode(pieces.start + raw if raw else b"")]
+        with contextlib.redirect_stdout(sys.stderr):  # the text alone is the output
+            stride = max(eval_shape(cfg)[0] // 2, 1)
+            contexts = contexts and bool(self.artifact.packed)
+            predictor = self.predictor(len(prompt) + cfg.sample_tokens, contexts, net, stride)
+        tokens = predictor.sample(prompt, cfg.sample_tokens, cfg, np.random.default_rng(cfg.seed))
+        for text in itertools.chain(
+            [cfg.prompt], streamed(tokens, pieces.texts, 0 if raw else len(pieces.start))
+        ):
+            say(text, end="")
+        say("")
+
+    def result_path(self, usual: str) -> Path:
+        """Where the result goes: OUTPUT, or a usual name. Raises UserError."""
+        path = Path(self.cfg.output or usual)
+        if not (Path(self.cfg.file).is_file() and os.access(self.cfg.file, os.R_OK)):
+            raise UserError(f"FILE={self.cfg.file}: no file that can be read")
+        if os.path.lexists(path):
+            raise UserError(f"{path} exists: choose another OUTPUT")
+        return path
+
+    def coding_predictor(self, tokens: int, flags: int) -> Predictor:
+        """Who predicts a file of so many tokens; of what is no shard it knows the BOS before it."""
+        if not self.artifact.packed:
+            raise UserError(f"{self.path}: made without MIXER=logistic, it codes no files")
+        stride = eval_shape(self.cfg, self.cfg.eval_mode)[1]
+        predictor = self.predictor(tokens + 1, True, bool(flags & NET_TOO), stride)
+        if not flags & SHARD:
+            predictor.code(np.array([self.bos], np.int64))
+        return predictor
+
+    def file_tokens(self, path: Path) -> tuple[Pieces | None, int, list[np.ndarray]]:
+        """(what wrote a file's tokens, None for a shard; flags; the tokens in parts, uint16)."""
+        tokens = shard_tokens(path, self.artifact.tokenizer.vocab)
+        if tokens is not None:
+            return None, SHARD, [tokens.astype(np.uint16)]
+        pieces, flags = self.pieces(), 0
+        if not pieces.keeps_lines:  # nor had the text any that it was trained on
+            first = list(itertools.islice(file_chunks(path), 1))
+            plain, lines = (sum(map(len, pieces.tokens_of(first, x))) for x in (False, True))
+            flags = LINES if lines < plain else 0
+        return pieces, flags, list(pieces.tokens_of(file_chunks(path), bool(flags)))
+
+    def compress(self) -> None:
+        """Write FILE as the arithmetic code of what an artifact predicts."""
+        cfg, path = self.cfg, Path(self.cfg.file)
+        target = self.result_path(f"{path}.tgk")
+        pieces, flags, parts = self.file_tokens(path)
+        crc, size = checksum_of(file_chunks(path))
+        if checksum_of(file_bytes(pieces, flags, sum(map(len, parts)), parts)) != (crc, size):
+            raise RunFailed(f"FILE={path}: it changes while it is read")
+        flags |= NET_TOO * cfg.with_net
+        code, speed = self.encode(parts, flags)
+        count = sum(map(len, parts))
+        length = (count.bit_length() + 7) // 8
+        mark, digest = machine_mark(cfg) if cfg.with_net else b"", file_sha256(self.path)
+        head = TGK.pack(TGK_MAGIC, flags | length << 4, bytes.fromhex(digest[:8]), crc)
+        out = head + count.to_bytes(length, "little") + mark + code
+        with whole_file(target) as temporary:
+            temporary.write_bytes(out)
+        if pieces:
+            spelt = np.isin(np.concatenate(parts), list(pieces.byte_ids.values())).sum()
+            what, than = f"{count:,} tokens, {spelt:,} of them single bytes", others(path)
+        else:
+            facts, tokens, what, than = self.artifact.tokenizer, parts[0], "of a shard's text", ""
+            size = int(facts.bytes_of(tokens[:-1], tokens[1:]).sum())
+        bits = 8 * len(out) / max(size, 1)
+        say(f"{path}: {size:,} bytes ({what}) -> {len(out):,} ({bits:.3f} bits per byte{than}), "
+            f"{speed:,.0f} tokens/s: {target}")  # fmt: skip
+
+    def encode(self, parts: list[np.ndarray], flags: int) -> tuple[bytes, float]:
+        """Tokens in parts -> (their arithmetic code, tokens per second)."""
+        count, done = sum(map(len, parts)), 0
+        predictor, coder, show = (
+            self.coding_predictor(count, flags),
+            Coder(),
+            show_progress("coding"),
+        )
+        begin = time.perf_counter()
+        for part in parts:
+            for at in range(0, len(part), PACK_CHUNK):
+                tokens = part[at : at + PACK_CHUNK].astype(np.int64)
+                predictor.code(tokens, coder)
+                done += len(tokens)
+                show(done, count, "")
+        return coder.finish(), count / (time.perf_counter() - begin)
+
+    def decode(self, code: bytes, count: int, flags: int) -> Iterator[np.ndarray]:
+        """The tokens of a code, in parts. Raises UserError where it ends too early or too late.
+
+        A decoder's window of 4 bytes ends 3 bytes behind the code's last one.
+        """
+        predictor, coder = self.coding_predictor(count, flags), Coder(code)
+        show, done = show_progress("restoring"), 0
+        while done < count and coder.state[3] <= len(code) + 3:
+            tokens = np.zeros(min(PACK_CHUNK, count - done), np.int64)
+            predictor.code(tokens, coder)
+            done += len(tokens)
+            show(done, count, "")
+            yield tokens
+        if coder.state[3] != len(code) + 3:
+            raise UserError(f"FILE={self.cfg.file}: damaged, or cut short: copy it again")
+
+    def restore(self) -> None:
+        """Write the file that MODE=compress has read."""
+        cfg, path = self.cfg, Path(self.cfg.file)
+        if path.suffix != ".tgk" and not cfg.output:
+            raise UserError(f"FILE={path}: its name does not end in .tgk: choose OUTPUT")
+        target, raw = self.result_path(str(path.with_suffix(""))), path.read_bytes()
+        flags, crc, count, code = self.read_head(raw)
+        pieces = None if flags & SHARD else self.pieces()
+        chunks = file_bytes(pieces, flags, count, self.decode(code, count, flags))
+        with whole_file(target) as temporary, open(temporary, "wb") as out:
+            now, size = checksum_of(chunk for chunk in chunks if out.write(chunk) or True)
+            if now != crc:
+                raise UserError(f"FILE={path}: damaged (its checksum does not fit): copy it again")
+        say(f"{path}: {len(raw):,} bytes -> {size:,}, as they were: {target}")
+
+    def read_head(self, raw: bytes) -> tuple[int, int, int, bytes]:
+        """(flags, CRC-32, tokens, code) of a .tgk file. Raises UserError for any other."""
+        file = f"FILE={self.cfg.file}"
+        if raw[: len(TGK_MAGIC)] != TGK_MAGIC:
+            raise UserError(f"{file}: not a file that MODE=compress has made")
+        if len(raw) < TGK.size:
+            raise UserError(f"{file}: cut short: copy it again")
+        _, flags, artifact, crc = TGK.unpack_from(raw)
+        at = TGK.size + (flags >> 4)
+        end, count = at + 2 * bool(flags & NET_TOO), int.from_bytes(raw[TGK.size : at], "little")
+        if bytes.fromhex(file_sha256(self.path)[:8]) != artifact:
+            raise UserError(f"{file}: compressed with another artifact than {self.path}, one whose "
+                            f"SHA-256 begins with {artifact.hex()}")  # fmt: skip
+        # A token takes 0.00002 bits or more: what says that there are more tokens is wrong.
+        if flags & 8 or end >= len(raw) or count > len(raw) << 19:
+            raise UserError(f"{file}: damaged, or cut short: copy it again")
+        if flags & NET_TOO and raw[at:end] != machine_mark(self.cfg):
+            raise UserError(f"{file}: compressed with WITH_NET=1 on another machine, or with "
+                            "another MLX: the net's numbers are not the same here")  # fmt: skip
+        return flags, crc, count, raw[end:]
+
+
+def report_sample(facts: Tokenizer, report: Report, trainer: Trainer) -> None:
+    """Report what the net, with the weights that validation takes, makes up: 40 tokens."""
+    model, cfg, rng = trainer.model, trainer.cfg, np.random.default_rng(trainer.cfg.seed)
+    model.update(tree_unflatten(list(trainer.average.items())))
+    length = eval_shape(cfg)[0]
+    net = NetReader(model, length, max(length // 2, 1))
+    tokens = Predictor(None, net).sample([max(model.bos, 0)], 40, cfg, rng)
+    text = "".join(streamed(tokens, bytes_of_pieces(facts), int(facts.dummy_prefix)))
+    event = {"event": "sample", "step": trainer.step, "text": text}
+    report.event(event, "step:{step}/{n} sample:{text!r}")
+
+
+# ==================================================================================================
 # MODES: train, which ends when artifact and message are on disk; score, a program of its own
 # ==================================================================================================
 
@@ -5367,7 +5916,7 @@ def estimate_memory(
     vocab = params["tok_emb"].shape[0]
     copies = sum(p.size for p in params.values()) * 4 * (7 + len(microbatches))
     nodes = val_tokens * (cfg.ngram_max_order + 1)  # at most, each with up to four slots
-    rows = sum(set_sizes(max(vocab - 1, 1).bit_length()))
+    rows = sum(set_sizes(vocab))
     tables = (cfg.mixer_memory_mb << 20) + 2 * rows * WIDTH * 4
     mixer = {"logistic": tables, "backoff": nodes * (NODE.itemsize + 16)}
     net = copies + activation_bytes(cfg, vocab, sum(microbatches) * cfg.train_seq_len)
@@ -5450,12 +5999,13 @@ def train_to_artifact(
         args = trainer.model, trainer.average, text, tokenizer, cfg, trainer.workers
         report.event({"event": "val", "step": trainer.step, **score_net(*args)}, VAL_LINE)
 
+    sample = functools.partial(report_sample, tokenizer, report)
     try:
         if packer:
             if first:
                 report.line("packing text first, as there is no MAX_WALLCLOCK_SECONDS to share")
             packer.start(trainer.elapsed_s, keeper)
-        train(trainer, report, validate, keeper)
+        train(trainer, report, validate, sample, keeper)
         keeper.save()  # from here on nothing of the training can be lost
         if not trainer.ranks.rank and last_record(report.folder, "val").get("step") != trainer.step:
             validate(trainer)
@@ -5773,11 +6323,9 @@ def trial(cfg: Knobs) -> tuple[Trainer, float]:
     size = max(min(cfg.train_batch_tokens, 4096 if on_cpu() else 8192), cfg.train_seq_len)
     cfg = dataclasses.replace(cfg, train_batch_tokens=size)
     tokens = np.random.default_rng(0).integers(2, DOCTOR_VOCAB, cfg.train_batch_tokens + 2)
-    header = np.zeros(SHARD_HEADER_INTS, "<i4")
-    header[:3] = SHARD_MAGIC, SHARD_VERSION, len(tokens)
     with tempfile.TemporaryDirectory() as folder, make_workers(cfg) as workers:
         path = Path(folder) / "made_up_train_000000.bin"
-        path.write_bytes(header.tobytes() + tokens.astype("<u2").tobytes())
+        path.write_bytes(shard_header(len(tokens)) + tokens.astype("<u2").tobytes())
         data = TrainWindows([path], cfg.train_seq_len, cfg.seed, DOCTOR_VOCAB)
         trainer = Trainer(GPT(cfg, DOCTOR_VOCAB, 1), cfg, data, workers, Ranks())
         trainer.take_step()
@@ -5847,6 +6395,8 @@ def main(cfg: Knobs, warnings: list[str], env: dict[str, str]) -> None:
     use_device(cfg)
     if cfg.mode == "doctor":
         doctor_mode(cfg, warnings)
+    elif cfg.mode in ("sample", "compress", "restore"):
+        getattr(Use.load(Path(cfg.eval_only), env), cfg.mode)()
     elif cfg.eval_only:
         path = Path(cfg.eval_only)
         score_mode(path / "artifact.bin" if path.is_dir() else path, env)

@@ -336,8 +336,8 @@ def _(windows, *shape):
 
 # Windows scored side by side hear each other: the next one begins a stride later.
 @cheat("a window hears the next one", OFF, "causality", "depends on", "GPT.trunk")
-def _(trunk, model, x, training):
-    x = trunk(model, x, training)
+def _(trunk, model, x, training, caches):
+    x = trunk(model, x, training, caches)
     return t.rms_norm(x + 0.1 * mx.roll(x, -1, axis=0))
 
 
