@@ -141,7 +141,12 @@ NO_SWITCHES += ["true", "True", "yes", "on", "off"]
 def test_a_choice_is_one_of_its_words(field):
     switch = type(field.default) is bool
     words = ["0", "1"] if switch else field.metadata["choices"]
-    partners = {"RUN_ID": "x", "ARTIFACT": "x", "DEVICE": "cpu"}  # for RESUME, MODE, PRESET
+    partners = {
+        "RUN_ID": "x",
+        "ARTIFACT": "x",
+        "FILE": "x",
+        "DEVICE": "cpu",
+    }  # RESUME, MODE, PRESET
     for name in names_of(field):
         for word in words:
             value = getattr(t.knobs_from_env({**partners, name: word})[0], field.name)
@@ -168,6 +173,9 @@ TEXTS = {  # of knobs that take any text: what is and what is not one of theirs
     "DATA_PATH": ("a ../a /", ""),
     "TOKENIZER_PATH": ("a ../a /", ""),
     "BLAS": ("auto none /lib/x.so", ""),
+    "PROMPT": ("a é é\udcff", ""),
+    "FILE": ("a ../a /", ""),
+    "OUTPUT": ("a ../a /", ""),
 }
 
 
@@ -206,6 +214,7 @@ RULES = [  # settings that break a rule and no other, what is said, what keeps i
      "fit into no artifact", "ENGRAM_HASH_SIZE=32768"),
     ("RUN_ID=-x", "RUN_ID=-x: use letters, digits and . _ + = -, the first no sign", "RUN_ID=x-"),
     ("MODE=score", "MODE=score needs ARTIFACT: which file?", "ARTIFACT=x"),
+    ("MODE=restore ARTIFACT=x", "MODE=restore needs FILE: which one?", "FILE=x"),
     ("RESUME=1", "RESUME=1 needs RUN_ID: which run should go on?", "RUN_ID=x"),
     ("NGRAM_ALPHA=1.01", "NGRAM_ALPHA=1.01: must be from 0 to 1, or auto", "NGRAM_ALPHA=1.00"),
 ]  # fmt: skip
