@@ -3661,6 +3661,7 @@ class Fixed(NamedTuple):
     candidate_rows: np.ndarray  # (CANDIDATES, 8) int64
     first_row: np.ndarray  # (SETS,) int64: where each weight set's rows begin
     levels: int  # L
+    below_class: int  # decisions of a path that its class, which chooses weights, leaves out
     bos: int  # token that starts a document
 
 
@@ -3672,7 +3673,7 @@ class Past(NamedTuple):
     maps: np.ndarray  # (L, cells of all experts) uint32: 22 bits of probability, 10 of count
     weights: np.ndarray  # (2, rows of all sets, inputs, padded) float32, per judge
     visits: np.ndarray  # (2, rows of all sets) float32: how often each row has learned
-    apm: np.ndarray  # (2, 2^L + hashed, 33) uint32: cells by mixed logit; rows by node, by hash
+    apm: np.ndarray  # (2, V + hashed, 33) uint32: cells by mixed logit; rows by node, by hash
     repeats: np.ndarray  # (2^n,) int32: the position after the last text of SHORTEST_MATCH tokens
     history: np.ndarray  # (capacity,) int32: the tokens so far
     marks: np.ndarray  # (1,) MARKS
@@ -4236,14 +4237,17 @@ LEAST_TRUST = np.float32(0.02)
 NET_WEIGHT, OTHERS = np.float32(0.3), np.float32(0.75)  # when the net joins: its weight, theirs
 
 
-CLASS_ROWS, WORD_ROWS = 1 << 16, 1 << 17  # of two sets whose choices are many: some share a row
+def chooser_levels(vocab: int, memory_mb: int) -> int:
+    """Decisions of t-1's path that choose a row of the class set, which has at most 2^16 rows."""
+    most = min(1 << 16, memory_mb << 10)
+    return min(max(most // vocab, 1).bit_length() - 1, tree_levels(vocab))
 
 
-def set_sizes(vocab: int) -> list[int]:
-    """Rows of each weight set, in the order of `choose_rows`."""
-    levels = tree_levels(vocab)
-    seen, counts = levels * (SMALL_SLOTS + 1), 8 ** len(CHOOSERS)
-    return [vocab, vocab, 8 * vocab, 8 * vocab, seen, counts, 16 * levels, CLASS_ROWS, WORD_ROWS]
+def set_sizes(vocab: int, memory_mb: int) -> list[int]:
+    """Rows of each weight set, in the order of `choose_rows`; of words some share a row."""
+    levels, classes = tree_levels(vocab), vocab << chooser_levels(vocab, memory_mb)
+    seen, counts, words = levels * (SMALL_SLOTS + 1), 8 ** len(CHOOSERS), min(64, memory_mb) << 11
+    return [vocab, vocab, 8 * vocab, 8 * vocab, seen, counts, 16 * levels, classes, words]
 
 
 @bare_kernel
@@ -4258,10 +4262,10 @@ def choose_rows(fixed, past, now):
     rows[3] = now.age * len(fixed.leaf) + decision
     rows[4] = now.level * (SMALL_SLOTS + 1) + now.seen
     rows[5] = counts
-    marks, above = past.marks[0], max(fixed.levels - CLASS_LEVELS, 0)
+    marks, words = past.marks[0], past.weights.shape[1] - fixed.first_row[SETS - 1]
     rows[6] = min(marks.letters, 15) * fixed.levels + now.level
-    rows[7] = ((fixed.leaf[now.last] >> above) * len(fixed.leaf) + decision) % CLASS_ROWS
-    rows[8] = np.int64(mix_hash(marks.words[0], now.level) >> np.uint64(24)) % WORD_ROWS
+    rows[7] = (fixed.leaf[now.last] >> fixed.below_class) * len(fixed.leaf) + decision
+    rows[8] = np.int64(mix_hash(marks.words[0], now.level) >> np.uint64(24)) % words
     for k in range(SETS):
         rows[k] += fixed.first_row[k]
 
@@ -4325,10 +4329,10 @@ def first_apm_row() -> np.ndarray:
 @bare_kernel
 def choose_apm_rows(fixed, past, now):
     """Choose the APMs' rows for a decision: the node's, and its hash with token t-1."""
-    leaves = len(fixed.token)
+    vocab = len(fixed.leaf)
     h = mix_hash(np.uint64(now.last) << np.uint64(20), now.node) >> np.uint64(40)
-    now.apm_rows[0] = now.node
-    now.apm_rows[1] = leaves + np.int64(h) % (past.apm.shape[1] - leaves)
+    now.apm_rows[0] = fixed.decision[now.node]
+    now.apm_rows[1] = vocab + np.int64(h) % (past.apm.shape[1] - vocab)
 
 
 @bare_kernel
@@ -4563,8 +4567,8 @@ def new_fixed(tokenizer: Tokenizer, leaf: np.ndarray, memory_mb: int, size: str)
         letters=letters, sizes=sizes, decision=np.append(0, np.cumsum(inside[3::2] > 0) - 1),
         slot_rows=context_rows(contexts, ((local, slots - local), (0, local))),
         candidate_rows=context_rows(CANDIDATE_CONTEXTS, ((0, found), (0, found))),
-        first_row=np.cumsum([0, *set_sizes(tokenizer.vocab)[:-1]]), levels=levels,
-        bos=max(tokenizer.bos, 0),
+        first_row=np.cumsum([0, *set_sizes(tokenizer.vocab, memory_mb)[:-1]]), levels=levels,
+        below_class=levels - chooser_levels(tokenizer.vocab, memory_mb), bos=max(tokenizer.bos, 0),
     )  # fmt: skip
 
 
@@ -4573,7 +4577,7 @@ def new_past(vocab: int, experts: int, capacity: int, memory_mb: int) -> Past:
     tokens."""
     slots, _, found = table_rows(memory_mb)
     maps = np.concatenate([first_match_maps(), first_candidate_maps(), first_slot_maps(experts)])
-    levels, rows = tree_levels(vocab), sum(set_sizes(vocab))
+    levels, rows = tree_levels(vocab), sum(set_sizes(vocab, memory_mb))
     width = -(-(SLOT_INPUT + 3 * experts) // LANES) * LANES
     hashed = min(1 << 16, memory_mb << 10)
     repeats = min(1 << 24, 1 << max(memory_mb << 13, 64).bit_length())
@@ -4585,7 +4589,7 @@ def new_past(vocab: int, experts: int, capacity: int, memory_mb: int) -> Past:
         maps=np.tile(maps, (levels, 1)),
         weights=np.full((2, rows, width), FIRST_WEIGHTS / SETS / 3 / experts, np.float32),
         visits=np.zeros((2, rows), np.float32),
-        apm=np.tile(first_apm_row(), (2, (1 << levels) + hashed, 1)),
+        apm=np.tile(first_apm_row(), (2, vocab + hashed, 1)),
         repeats=np.zeros(repeats, np.int32), history=np.zeros(capacity, np.int32), marks=marks,
     )  # fmt: skip
 
@@ -5916,7 +5920,7 @@ def estimate_memory(
     vocab = params["tok_emb"].shape[0]
     copies = sum(p.size for p in params.values()) * 4 * (7 + len(microbatches))
     nodes = val_tokens * (cfg.ngram_max_order + 1)  # at most, each with up to four slots
-    rows = sum(set_sizes(vocab))
+    rows = sum(set_sizes(vocab, cfg.mixer_memory_mb))
     tables = (cfg.mixer_memory_mb << 20) + 2 * rows * WIDTH * 4
     mixer = {"logistic": tables, "backoff": nodes * (NODE.itemsize + 16)}
     net = copies + activation_bytes(cfg, vocab, sum(microbatches) * cfg.train_seq_len)

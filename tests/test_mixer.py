@@ -296,12 +296,12 @@ def product(rows, x):
 @functools.cache
 def blank(vocab):
     """A mixer that has seen nothing."""
-    return mixer(vocab, 1)
+    return mixer(vocab, 1, 64)
 
 
-def apm_rows(levels, apm, last, node):
+def apm_rows(vocab, apm, last, node):
     """The script's choice of the refining maps' rows."""
-    m = blank(1 << levels - 2)
+    m = blank(vocab)
     m.now["last"], m.now["node"] = last, node
     t.choose_apm_rows.part(m.fixed, m.state._replace(apm=apm), m.now[0])
     return m.now["apm_rows"][0].tolist()
@@ -417,10 +417,10 @@ class Slow:
         rows.append(level * (self.small + 1) + sum(count > 0 for _, count, *_ in old[: self.small]))
         rows.append(sum(count // 2 * 8**k for k, (_, count, *_) in enumerate(old[3:0:-1])))
         rows.append(min(len(self.words[0]), 15) * self.levels + level)
-        rows.append((self.path_class(self.back(1)) * vocab + number) % (1 << 16))
+        rows.append(self.leaf[self.back(1)] * vocab + number)  # of so few tokens the whole path
         rows.append(word_row(vocab, self.words[0], level))  # any hash is good
         sizes = [vocab, vocab, 8 * vocab, 8 * vocab, self.levels * (self.small + 1), 512,
-                 16 * self.levels, 1 << 16, 1 << 17]  # fmt: skip
+                 16 * self.levels, vocab << self.levels, 1 << 17]  # fmt: skip
         for k, size in enumerate(sizes):
             assert 0 <= rows[k] < size
             rows[k], first = rows[k] + first, first + size
@@ -430,8 +430,8 @@ class Slow:
         """(probability in 65,536ths, the maps' rows and the column to learn from)."""
         place = min(max((mixed + F(8)) * F(2), F(0)), F(31.99))
         at, high = int(place), place - F(int(place))
-        rows = apm_rows(self.levels, self.apm, self.back(1), node)  # any hash is good
-        assert rows[0] == node and rows[1] >= self.leaves
+        rows = apm_rows(len(self.leaf), self.apm, self.back(1), node)  # any hash is good
+        assert rows[0] == self.decisions.index(node) and rows[1] >= len(self.leaf)
         total = F(0)
         for r in rows:
             a = F(self.apm[judge, r, at] >> 10) * (F(1) - high)
@@ -643,13 +643,16 @@ def test_a_net_that_knows_nothing_costs_nothing():
 
 
 def test_the_hashed_map_knows_the_token_before():
-    apm, seen = np.zeros((2, 64 + (1 << 16), 33), np.uint32), set()
+    apm, seen, rows = np.zeros((2, 64 + (1 << 16), 33), np.uint32), set(), set()
+    nodes = np.flatnonzero(np.diff(blank(64).fixed.decision, prepend=-1) > 0)
+    assert len(nodes) == 63
     for before in range(50):
-        for node in range(1, 64):
-            by_node, hashed = apm_rows(6, apm, before, node)
-            assert by_node == node and 64 <= hashed < 64 + (1 << 16)
+        for node in nodes:
+            by_node, hashed = apm_rows(64, apm, before, node)
+            assert 0 <= by_node < 63 and 64 <= hashed < 64 + (1 << 16)
             seen.add(hashed)
-    assert len(seen) > 0.9 * 50 * 63
+            rows.add(by_node)
+    assert len(seen) > 0.9 * 50 * 63 and len(rows) == 63
 
 
 # --------------------------------------------------------------------------------------------------
