@@ -4713,7 +4713,7 @@ def new_context_model(
 # ==================================================================================================
 
 PACK_CHUNK = 1 << 14  # tokens per call of the kernel
-TREE_TOKENS = 16_000_000  # that the mixer's tree is made of, at most
+TREE_TOKENS = 4_000_000  # that the mixer's tree is made of, at most
 MESSAGE_TOKENS = 256  # of validation text, coded by the mixer that packed: see EVALUATION
 
 
