@@ -218,8 +218,8 @@ def test_the_golden_code():
 
 GOLDEN = {
     "text": "0728adbbd3e94a61a951496f95856feee6929b769b0c920dec9a38d8069c9122",
-    "code": "f92a6da3ad8ada03d748e6fffecf892467c24754b1de5169e44535466a44405d",
-    "weights": "624d6536e320486dcd0becb5d286498d47e271afeefb69059af9e590df71f8cb",
+    "code": "5ca96efdf53144775196b30bedd7d31a8ae08c939c4489630fc8370e5b024135",
+    "weights": "b40e344431e8d996034bf05eaeebdf2e45e7a497f84d779ed677ddde0781b500",
 }
 
 
@@ -496,7 +496,7 @@ class Slow:
                 for s in sets:
                     rate = F(0.12) / (F(1) + self.visits[judge, s] * F(0.003))
                     self.visits[judge, s] += 1
-                    self.weights[judge, s] += error * max(F(0.007), rate) * x
+                    self.weights[judge, s] += error * max(F(0.003), rate) * x
                 for r in rows:
                     self.apm[judge, r, column] = moved(self.apm[judge, r, column], bit, 1000)
             coded = self.trusted(level, *ps, bit) if self.with_net else ps[0]
