@@ -321,8 +321,8 @@ class Knobs:
     engram_n_heads: int = knob(2, "tables per order", "model", lo=1, hi=16)
     bigram_hash_size: int = knob(4096, "rows of BigramHash's table; 0: off", "model", hi=65536)
     skipgram_hash_size: int = knob(0, "rows of SkipGram's table; 0: off", "model", hi=65536)
-    mixer_memory_mb: int = knob(1950, "MiB of the context models' tables", "model", lo=1,
-                                hi=1 << 15, needs="MIXER=logistic")  # fmt: skip
+    mixer_memory_mb: int = knob(4000, "MiB of the context models' tables; unset: by the text",
+                                "model", lo=1, hi=1 << 15, needs="MIXER=logistic")  # fmt: skip
     mixer_size: str = knob("medium", "how many of the contexts take part", "model",
                            choices="small medium large", needs="MIXER=logistic")  # fmt: skip
 
@@ -5909,14 +5909,21 @@ def activation_bytes(cfg: Knobs, vocab: int, tokens: int) -> int:
     return tokens * cfg.num_layers * block * size + head
 
 
-def fit_memory(cfg: Knobs, vocab: int, env: dict[str, str]) -> tuple[Knobs, list[str]]:
-    """Settings that the environment leaves open, lowered to what the memory holds; lines."""
+def fit_memory(
+    cfg: Knobs, vocab: int, env: dict[str, str], train_tokens: int
+) -> tuple[Knobs, list[str]]:
+    """Settings that the environment leaves open, lowered to what the memory holds, and tables to
+    what the text needs that may be packed; lines."""
     limit, lines = memory_limit(), []
     if cfg.mixer == "logistic" and env.get("MIXER_MEMORY_MB") and cfg.mixer_memory_mb << 20 > limit:
         raise UserError(f"MIXER_MEMORY_MB={cfg.mixer_memory_mb}: there are {limit >> 20:,}")
-    if not env.get("MIXER_MEMORY_MB") and cfg.mixer_memory_mb << 20 > limit // 4:
-        cfg = dataclasses.replace(cfg, mixer_memory_mb=max(limit // 4 >> 20, 1))
-        lines.append(f"MIXER_MEMORY_MB={cfg.mixer_memory_mb}: a quarter of this machine's memory")
+    if cfg.mixer == "logistic" and not env.get("MIXER_MEMORY_MB"):
+        packed = cfg.pack_text_bytes if cfg.pack_text_bytes >= 0 else ARTIFACT_LIMIT_BYTES
+        needed = 750 + min(train_tokens, 2 * packed) // 4000  # a token takes half a byte
+        needed, held = min(cfg.mixer_memory_mb, needed), max(limit // 4 >> 20, 1)
+        cfg = dataclasses.replace(cfg, mixer_memory_mb=min(needed, held))
+        if held < needed:
+            lines.append(f"MIXER_MEMORY_MB={held}: a quarter of this machine's memory")
     tokens, workers = cfg.mlx_max_microbatch_tokens, (cfg.workers or cpu_cores()) if on_cpu() else 1
     most = limit // 3 // workers  # each of them has a microbatch
     while tokens > cfg.train_seq_len and activation_bytes(cfg, vocab, tokens) > most:
@@ -6087,7 +6094,8 @@ def train_mode(cfg: Knobs, warnings: list[str], env: dict[str, str]) -> None:
     folder, tokenizer_path, where = ranks.in_turn(lambda: locate_data(cfg))
     tokenizer = load_tokenizer(tokenizer_path)
     check_vocab(cfg, tokenizer)
-    cfg, lowered = fit_memory(cfg, tokenizer.vocab, env)
+    train_tokens = sum(len(Shard(path)) for path in find_shards(folder, "train"))
+    cfg, lowered = fit_memory(cfg, tokenizer.vocab, env, train_tokens)
     warnings = [*warnings, *lowered]
     with ranks.in_turn(lambda: Report(None, 0) if ranks.rank else open_report(cfg)) as report:
         kinds = "config", "export", "final"
