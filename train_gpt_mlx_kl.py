@@ -5982,6 +5982,11 @@ def describe_training(trainer: Trainer, text: ValidationText) -> Iterator[str]:
            f"estimate, of {limit / 1e9:.1f}")  # fmt: skip
     if sum(use.values()) > limit:
         yield "warning: memory may not suffice: lower MLX_MAX_MICROBATCH_TOKENS or MIXER_MEMORY_MB"
+    packed, clock = 2 * cfg.pack_text_bytes, cfg.max_wallclock_seconds  # half a byte per token
+    enough = clock > packed / 12_500  # to pack it in a quarter of the clock
+    if cfg.mixer == "logistic" and 0 <= packed < data.tokens and enough:
+        yield (f"PACK_TEXT_BYTES={cfg.pack_text_bytes}: a clock of {clock:.0f} s is enough for "
+               "more; -1 packs all that fits")  # fmt: skip
 
 
 def new_packer(trainer: Trainer, tokenizer: Tokenizer) -> Packer | None:
