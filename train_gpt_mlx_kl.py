@@ -6369,8 +6369,9 @@ def trial(cfg: Knobs) -> tuple[Trainer, float]:
         return trainer, trainer.take_step()["tok_s"]
 
 
-def doctor_mode(cfg: Knobs, warnings: list[str]) -> None:
+def doctor_mode(cfg: Knobs, warnings: list[str], env: dict[str, str]) -> None:
     """Say what this machine has, what the preset needs, and what is amiss, with its cure."""
+    cfg, _ = fit_memory(cfg, DOCTOR_VOCAB, env, PACKED_TOKENS_MOST)
     amiss = [*warnings, *machine_faults(cfg)]
     say(f"machine: {machine_kind()}, {processor_name()}, {cpu_cores()} cores, "
         f"{memory_limit() / 1e9:.1f} GB; Python {platform.python_version()}")  # fmt: skip
@@ -6431,7 +6432,7 @@ def main(cfg: Knobs, warnings: list[str], env: dict[str, str]) -> None:
     """The program that is asked for; env: where the settings came from."""
     use_device(cfg)
     if cfg.mode == "doctor":
-        doctor_mode(cfg, warnings)
+        doctor_mode(cfg, warnings, env)
     elif cfg.mode in ("sample", "compress", "restore"):
         getattr(Use.load(Path(cfg.eval_only), env), cfg.mode)()
     elif cfg.eval_only:
