@@ -256,6 +256,8 @@ class Knobs:
     warmdown_frac: float = knob(0.0, "share of the run that they are at most; 0: any", "run", hi=1)
     train_log_every: int = knob(200, "steps between train lines; 0: none", "run")
     sample_every: int = knob(0, "steps between lines of text by the net; 0: none", "run")
+    report_to: str = knob("none", "which library gets the numbers of metrics.jsonl too", "run",
+                          choices="none trackio wandb")  # fmt: skip
     grad_accum_steps: int = knob(8, "microbatches per step and worker, at least", "run", lo=1)
     mlx_max_microbatch_tokens: int = knob(8192, "tokens per microbatch, at most", "run", lo=1)
     mlx_eager_eval: bool = knob(True, "one worker: compute each microbatch before the next", "run")
@@ -1475,6 +1477,63 @@ def last_record(folder: Path | None, *kinds: str) -> Event:
             record = json.loads(text)
             found = record if record["event"] in kinds else found
     return found
+
+
+# What REPORT_TO runs beside a run: it sends what metrics.jsonl gets, until the run ends. So
+# the run waits for no network, and whatever the library does cannot end it.
+SENDER = """
+import importlib, json, math, os, sys, time
+library, log, name, at, parent = *sys.argv[1:4], int(sys.argv[4]), int(sys.argv[5])
+try:
+    os.nice(10)
+    config = [r for r in map(json.loads, open(log)) if r["event"] == "config"][-1:]
+    more = {"id": name} if library == "wandb" else {}
+    run = importlib.import_module(library).init(
+        project="train_gpt_mlx_kl", name=name, config=(config or [{}])[0], resume="allow", **more)
+    if library == "wandb":
+        run.define_metric("*", step_metric="step")  # its own steps may not go back, as in RESUME
+    status, step, alive = 1, 0, True
+    while alive:
+        alive = os.getppid() == parent  # before the last look
+        with open(log, "rb") as file:
+            file.seek(at)
+            whole = file.read().rpartition(b"\\n")[0]
+        for event in map(json.loads, whole.splitlines()):
+            kind, step = event["event"], event.get("step", event.get("train_steps", step))
+            values = {f"{kind}/{k}": v for k, v in event.items()
+                      if type(v) in (int, float) and math.isfinite(v)}
+            status = int(kind != "final" or event["audit"] == "fail")
+            if kind in ("train", "val", "export", "eval", "final"):
+                run.log({**values, "step": step}) if more else run.log(values, step=step)
+        at += len(whole) + bool(whole)
+        time.sleep(0.5 * alive)
+    run.finish(**({"exit_code": status} if more else {}))
+except BaseException as error:
+    reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+    print(f"warning: REPORT_TO={library}: {reason}; sent no more", file=sys.stderr)
+"""
+
+
+def check_report_to(library: str) -> None:
+    """Raises UserError if it is not installed; a folder of its name, as wandb makes, is not it."""
+    found = library == "none" or importlib.util.find_spec(library)
+    if not getattr(found, "origin", found):
+        raise UserError(f"REPORT_TO={library}: pip install {library}")
+
+
+def follow(library: str, folder: Path | None) -> None:
+    """Start what sends the run's numbers to a library, once for the process and what it becomes."""
+    me, log = str(os.getpid()), folder and folder / "metrics.jsonl"
+    if library == "none" or not log or os.environ.get("REPORT_SENDER") == me:
+        return
+    os.environ["REPORT_SENDER"] = me
+    first = log.read_bytes().partition(b"\n")[0]  # like no other run's
+    name = f"{folder.name}-{hashlib.sha256(first).hexdigest()[:8]}"
+    command = [sys.executable, "-c", SENDER, library, str(log), name, str(log.stat().st_size), me]
+    env = {"WANDB_SILENT": "true", "WANDB_DIR": str(folder), **os.environ}
+    with contextlib.suppress(OSError):  # no room for another process
+        subprocess.Popen(command, env=env, stdin=subprocess.DEVNULL, stdout=2,
+                         start_new_session=True)  # fmt: skip
 
 
 def show_progress(label: str, every_s: float = 10.0, unit: str = "tokens") -> Progress:
@@ -6121,6 +6180,7 @@ def train_mode(cfg: Knobs, warnings: list[str], env: dict[str, str]) -> None:
             return
         else:
             report.start_writing()
+            follow(cfg.report_to, report.folder)
         if not ranks.rank:
             score_anew(report, report.folder / "artifact.bin", folder, tokenizer_path)
 
@@ -6156,6 +6216,7 @@ def train_run(
         for line in ranks.in_turn(lambda: list(lines)):
             report.line(line)
         report.begin(None if longer else saved[1]["sizes"] if saved else {})
+        follow(cfg.report_to, report.folder)
         trainer.follow_rank_0()
         keeper = Keeper(trainer, report, written, packer.state if packer else dict)
         if longer:
@@ -6290,6 +6351,7 @@ def score_mode(path: Path, env: dict[str, str]) -> None:
             report.start_writing()
         else:
             report.begin()
+        follow(cfg.report_to, report.folder)
         try:
             report_score(report, scoring, final, folder, tokenizer_path)
         except AuditFailed as error:
@@ -6431,6 +6493,7 @@ def preset_needs(cfg: Knobs, trainer: Trainer, speed: float) -> Iterator[str]:
 def main(cfg: Knobs, warnings: list[str], env: dict[str, str]) -> None:
     """The program that is asked for; env: where the settings came from."""
     use_device(cfg)
+    check_report_to(cfg.report_to)
     if cfg.mode == "doctor":
         doctor_mode(cfg, warnings, env)
     elif cfg.mode in ("sample", "compress", "restore"):

@@ -1080,3 +1080,63 @@ def test_a_rank_without_a_window_is_refused(dataset, home):
     ranks = start_ranks(home, 2, **env)
     for process in ranks:
         assert "TRAIN_BATCH_TOKENS" in error_of(end_of(process, home, "idle"), 2)
+
+
+# --------------------------------------------------------------------------------------------------
+# REPORT_TO
+
+LIBRARY = """
+import json, os, sys
+def note(*what):
+    with open(os.environ["NOTES"], "a") as notes:
+        notes.write(json.dumps(what) + chr(10))
+class Run:
+    def define_metric(self, *args, **more): note("define", args, more)
+    def log(self, values, **more): note("log", values, more)
+    def finish(self, **more): note("finish", more)
+def init(**about):
+    note("init", about)
+    %s
+    return Run()
+"""
+
+
+@pytest.mark.parametrize("library", ["wandb", "trackio"])
+def test_numbers_go_to_a_library(train, tmp_path, library):
+    """Those of the training and of the scoring program, which is another one, to one run."""
+    (tmp_path / f"{library}.py").write_text(LIBRARY % "")
+    more = {"REPORT_TO": library, "NOTES": tmp_path / "notes", "PYTHONPATH": tmp_path}
+    done = train(f"to-{library}", **more)
+    assert done.status == 0 and done.err == "", done.err
+    notes = [json.loads(line) for line in (tmp_path / "notes").read_text().splitlines()]
+    kinds = [note[0] for note in notes]
+    assert kinds.count("init") == kinds.count("finish") == 1 and kinds[0] == "init"
+    about = notes[0][1]
+    assert about["project"] == "train_gpt_mlx_kl" and about["name"].startswith(f"to-{library}-")
+    assert about["config"]["event"] == "config" and about["config"]["seed"] == 1337
+    sent = [note[1] for note in notes if note[0] == "log"]
+    wanted = [e for e in done.events if e["event"] in ("train", "val", "export", "eval", "final")]
+    assert len(sent) == len(wanted) > 4
+    assert sent[-1]["final/val_bpb"] == done.events[-1]["val_bpb"]
+    losses = [e["train_loss"] for e in done.events if e["event"] == "train"]
+    assert [x["train/train_loss"] for x in sent if "train/train_loss" in x] == losses
+    if library == "wandb":
+        assert notes[1][0] == "define" and notes[-1] == ["finish", {"exit_code": 0}]
+
+
+def test_a_library_that_fails_is_a_warning(train, tmp_path):
+    (tmp_path / "wandb.py").write_text(LIBRARY % "raise OSError('no network\\nhere')")
+    more = {"REPORT_TO": "wandb", "NOTES": tmp_path / "notes", "PYTHONPATH": tmp_path}
+    done = train("to-nobody", **more)
+    assert done.status == 0 and done.events[-1]["event"] == "final"
+    assert done.err == "warning: REPORT_TO=wandb: OSError: no network here; sent no more\n"
+
+
+def test_a_library_that_is_missing_is_said_at_once(train, tmp_path, monkeypatch):
+    done = train("to-none", REPORT_TO="trackio")
+    assert (done.status, done.out) == (2, "") and not done.folder.exists()
+    assert done.err == "error: REPORT_TO=trackio: pip install trackio\n"
+    (tmp_path / "trackio").mkdir()  # as the library's own folder, which is no module
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(t.UserError, match="pip install trackio"):
+        t.check_report_to("trackio")
