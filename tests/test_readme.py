@@ -39,15 +39,17 @@ REDUCED = {  # what a command itself sets, made small
     r"\bSEED=1,2(,3)?": "SEED=1",
     r"\bPACK_TEXT_BYTES=\d+": "PACK_TEXT_BYTES=3000",
     r"\bMAX_WALLCLOCK_SECONDS=\d+": "MAX_WALLCLOCK_SECONDS=1",
-    "/path/to/shards": "data/datasets/stdlib_sp1024",
+    r"^(SEED=1 NUM|python tools/compare.py ENGRAM)": r"MIXER=off \1",
+    "^DATA_PATH=/path/to/shards": "MIXER=off DATA_PATH=data/datasets/stdlib_sp1024",
     "/path/to/tokenizer.model": "data/tokenizers/stdlib_1024_bpe.model",
+    r"(pytest tests/test_model.py.*)": r"\1 -k 'later_tokens or map'",
     r"\bt\.model": "data/tokenizers/stdlib_1024_bpe.model",
 }
 FIRST = "python train_gpt_mlx_kl.py"  # makes logs/RUN
 SAYS = {  # what is in a command: what it prints
     f"^{FIRST}$": "val_bpb .*audit: pass",
     "--help all$": "EVAL_BATCH_SEQS",
-    "MODE=sample": r"^def read_lines\(path\):",
+    "MODE=sample": "^The with statement",
     "MODE=compress": "bits per byte",
     "MODE=restore": "as they were",
     "MODE=score": "val_bpb .*audit: off",
@@ -143,10 +145,9 @@ def write_files(folder):
 
 
 def cut_shard(path, most):
-    """Leave of a shard the whole documents among so many tokens."""
-    tokens = np.fromfile(path, "<u2")[512:]
-    count = int(np.flatnonzero(tokens[: most + 1] == 1)[-1])
-    path.write_bytes(t.shard_header(count) + tokens[:count].tobytes())
+    """Leave so many tokens of a shard."""
+    tokens = np.fromfile(path, "<u2")[512 : 512 + most]
+    path.write_bytes(t.shard_header(most) + tokens.tobytes())
 
 
 @pytest.fixture(scope="session")
@@ -158,7 +159,7 @@ def stdlib(tmp_path_factory):
     assert made.returncode == 0, made.stderr
     folder = clone.folder / "data/datasets/stdlib_sp1024"
     cut_shard(folder / "stdlib_train_000000.bin", 60_000)
-    cut_shard(folder / "stdlib_val_000000.bin", 3000)
+    cut_shard(folder / "stdlib_val_000000.bin", 800)
     (folder / "manifest.json").unlink()
     return clone
 
@@ -222,9 +223,10 @@ def test_a_restored_text_takes_the_bytes_that_its_score_claims(stdlib):
     assert len(proof) == 1 and stdlib.run_to("README.md", proof[0]).returncode == 0
     records = (stdlib.folder / "logs/RUN/metrics.jsonl").read_text().splitlines()
     final = json.loads(records[-1])
-    assert final["event"] == "final" and final["val_whole"] and final["val_bytes"] > 5000
+    assert final["event"] == "final" and final["val_whole"] and final["val_bytes"] > 1500
     claimed = final["val_bpb"] * final["val_bytes"] / 8
-    assert 0 < (stdlib.folder / "val.tgk").stat().st_size - claimed < 20
+    code = (stdlib.folder / "val.tgk").read_bytes()
+    assert code[2] & t.NET_TOO and 0 < len(code) - claimed < 20
 
 
 @pytest.mark.parametrize("page, knob, first, second, metric", [
