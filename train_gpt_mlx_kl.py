@@ -2612,7 +2612,7 @@ def parse_artifact(path: Path, raw: bytes, code: bytes) -> Artifact:
             raise ValueError(f"{count} packed tokens")
         if leaf.max() >> tree_levels(vocab) or len(np.unique(leaf)) < vocab:
             raise ValueError("two tokens at one leaf of the mixer's tree")
-        for level in range(max(vocab - 1, 1).bit_length()):
+        for level in range(tree_levels(vocab)):
             nodes = np.unique(leaf >> level)
             if not np.isin(nodes & ~1, nodes).all():
                 raise ValueError("a node of the mixer's tree has a right side alone")

@@ -147,6 +147,21 @@ def test_packed_text_comes_back_beside_the_same_model(written):
     assert path.read_bytes() == plain
 
 
+@pytest.mark.parametrize("level", range(8))
+def test_a_tree_with_a_right_side_alone_is_refused(written, level):
+    """At any level: a decoder that goes left there would find no token."""
+    path, params, cfg, tokenizer = written
+    leaf = np.arange(50)  # of 256: the left ones
+    good = t.dataclasses.replace(PACKED, leaf=leaf)
+    leaf = leaf + 64 * (leaf >> level == 0) if level < 6 else leaf | 1 << level
+    t.write_artifact(path, params, t.group_parameters(list(params)), cfg, tokenizer, good)
+    t.read_artifact(path)
+    bad = t.dataclasses.replace(PACKED, leaf=leaf)
+    t.write_artifact(path, params, t.group_parameters(list(params)), cfg, tokenizer, bad)
+    with pytest.raises(t.UserError, match="right side alone"):
+        t.read_artifact(path)
+
+
 def test_the_layout_is_json_and_raw_tensors(written):
     """Read by the format's own words."""
     path, params, _, _ = written
