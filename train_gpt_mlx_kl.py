@@ -2700,12 +2700,12 @@ def check_same_run(facts: dict[str, Any], state: State, like: State, cfg: Knobs,
 
     like: a state of this run; text: the fingerprint of its training text.
     """
+    if facts["text"] != text:
+        raise UserError("RESUME=1: another training text or tokenizer than before: see DATA_PATH")
     for name, value in settings_of(cfg, "train", "model").items():
         was = facts["knobs"].get(name)
         if was != value:
             raise UserError(f"RESUME=1: {name} was {was}, not {value}")
-    if facts["text"] != text:
-        raise UserError("RESUME=1: another training text or tokenizer than before: see DATA_PATH")
     arrays = named_arrays(state[0])
     for name, array in named_arrays(like[0]).items():
         if name not in arrays or arrays[name].shape != array.shape:
@@ -2919,6 +2919,11 @@ class Ranks:
         """Which of the ranks bring the same text: (ranks,) bool."""
         mine = mx.array([zlib.crc32(text.encode())], mx.uint32)
         return self.exchange(mx.distributed.all_gather, mine) == mine
+
+    def first(self, number: int) -> int:
+        """The number that rank 0 brings."""
+        mine = mx.array([number], mx.uint32)
+        return int(self.exchange(mx.distributed.all_gather, mine)[0])
 
     def check_same(self, text: str) -> None:
         """Raises UserError, on all ranks, unless all bring the same text."""
@@ -4682,6 +4687,7 @@ class LogisticMixer(ContextModel):
         self.state = new_past(self.vocab, experts, capacity + 1, memory_mb)
         self.now, self.mass = np.zeros(1, WORK), np.zeros(2 << self.fixed.levels, np.int64)
         self.now["inputs"][..., BIAS] = BIAS_INPUT
+        self.before_last = -1  # tokens before the one whose traces `now` has, or -1
 
     @property
     def learned(self) -> int:
@@ -4724,6 +4730,7 @@ class LogisticMixer(ContextModel):
         coding = coder or Coder()
         state, buffer, mode = coding.room(len(tokens) * self.fixed.levels if coder else 0)
         ends = state, buffer, mode if coder else SCORE
+        self.before_last = self.learned if len(tokens) == 1 else -1
         code_tokens(mixer, ends, tokens, rows, nats)
         coding.flush()
         return nats
@@ -4735,11 +4742,12 @@ class LogisticMixer(ContextModel):
     def restore(self, saved: tuple[np.ndarray, ...]) -> None:
         """Go back to what `save` returned, in place: the tables stay where they are.
 
-        If that was before the last token, only what the token has touched is copied.
+        If that was before the last token, of the large tables only what it has touched is copied.
         """
         its, mine, now = Past(*saved), self.state, self.now[0]
         joined = (mine.marks["joined"] != its.marks["joined"]).any()  # that changes all weights
-        one = not joined and (mine.marks["tokens"] - its.marks["tokens"] == 1).all()
+        one = not joined and self.before_last == its.marks["tokens"][0]
+        self.before_last = -1
         levels, judges = np.arange(LEVELS_MOST)[:, None], np.arange(2)[:, None, None]
         touched = {
             "slots": now["slot"],
@@ -5128,7 +5136,10 @@ def load_net(cfg: Knobs, path: Path, artifact: Artifact) -> GPT:
 
 def prime_contexts(cfg: Knobs, artifact: Artifact, tokens: int) -> ContextModel:
     """A context model for so many tokens, which has read the artifact's text and nothing else."""
-    packed = artifact.packed if cfg.mixer == "logistic" else None
+    packed, mib = artifact.packed if cfg.mixer == "logistic" else None, memory_limit() >> 20
+    if packed and cfg.mixer_memory_mb > mib:
+        raise UserError(f"MIXER_MEMORY_MB={cfg.mixer_memory_mb}: the artifact needs tables of so "
+                        f"many MiB, and there are {mib:,}: MIXER=off needs none")  # fmt: skip
     leaf, paid = (packed.leaf, packed.token_count) if packed else (None, 0)
     context_model = new_context_model(cfg, artifact.tokenizer, leaf, tokens + paid)
     if packed:
@@ -5545,6 +5556,7 @@ class Predictor:
         whole = tuple(mixer.fixed), tuple(mixer.state), mixer.now, mixer.mass
         logs = np.zeros(2 * leaves)
         walk_tree(whole, tuple(still), row, logs, np.zeros((leaves, SLOTS), np.int64))
+        mixer.before_last = -1
         return logs[leaves + mixer.fixed.leaf]
 
     def sample(
@@ -5591,6 +5603,9 @@ class Pieces:
         self.path, load = path, sentencepiece.SentencePieceProcessor
         self.start = b" " * facts.dummy_prefix  # before a text
         self.model, usual = load(model_proto=path.read_bytes() + self.as_it_is), load(str(path))
+        if usual.vocab_size() != facts.vocab:
+            raise UserError(f"TOKENIZER_PATH={path}: {usual.vocab_size()} pieces, and the artifact "
+                            f"says {facts.vocab}: it is damaged")  # fmt: skip
         self.keeps_lines = "\n" in usual.decode(usual.encode("a\nb"))
         self.texts = bytes_of_pieces(load_tokenizer(path))
         pieces = enumerate(usual.id_to_piece(list(range(facts.vocab))))
@@ -5709,18 +5724,21 @@ def checksum_of(chunks: Iterable[bytes]) -> tuple[int, int]:
 def machine_mark(cfg: Knobs) -> bytes:
     """2 bytes that are others where the net's numbers may be."""
     facts = machine_kind(), processor_name(), mx.__version__, compute_dtype(cfg), BLAS_NAME
+    facts += cpu_cores(), *eval_shape(cfg, cfg.eval_mode)
     return hashlib.sha256(repr(facts).encode()).digest()[:2]
 
 
 def others(path: Path) -> str:
     """What xz and brotli make of a file that is not too large for one's patience."""
-    if path.stat().st_size > 1 << 24:
+    if path.stat().st_size > 1 << 20:
         return ""
-    import brotli
-
     raw = path.read_bytes()
-    xz = lzma.compress(raw, preset=9 | lzma.PRESET_EXTREME)
-    return f"; xz {len(xz):,}, brotli {len(brotli.compress(raw)):,}"
+    line = f"; xz {len(lzma.compress(raw, preset=9 | lzma.PRESET_EXTREME)):,}"
+    with contextlib.suppress(ImportError):
+        import brotli
+
+        line += f", brotli {len(brotli.compress(raw)):,}"
+    return line
 
 
 @dataclass
@@ -5797,6 +5815,8 @@ class Use:
             raise UserError(f"FILE={self.cfg.file}: no file that can be read")
         if os.path.lexists(path):
             raise UserError(f"{path} exists: choose another OUTPUT")
+        if not path.parent.is_dir():
+            raise UserError(f"OUTPUT={path}: there is no folder {path.parent}")
         return path
 
     def coding_predictor(self, tokens: int, flags: int) -> Predictor:
@@ -5913,8 +5933,9 @@ class Use:
         if flags & 8 or end >= len(raw) or count > len(raw) << 19:
             raise UserError(f"{file}: damaged, or cut short: copy it again")
         if flags & NET_TOO and raw[at:end] != machine_mark(self.cfg):
-            raise UserError(f"{file}: compressed with WITH_NET=1 on another machine, or with "
-                            "another MLX: the net's numbers are not the same here")  # fmt: skip
+            raise UserError(f"{file}: compressed with WITH_NET=1 on another machine, with "
+                            "another MLX or other EVAL_ settings: the net's numbers are not the "
+                            "same here")  # fmt: skip
         return flags, crc, count, raw[end:]
 
 
@@ -6008,6 +6029,7 @@ def estimate_memory(
     nodes = val_tokens * (cfg.ngram_max_order + 1)  # at most, each with up to four slots
     rows = sum(set_sizes(vocab, cfg.mixer_memory_mb))
     tables = (cfg.mixer_memory_mb << 20) + 2 * rows * WIDTH * 4
+    tables += 2 * (vocab + (1 << 18)) * 33 * 4 + (1 << 26)  # refining maps, the match
     mixer = {"logistic": tables, "backoff": nodes * (NODE.itemsize + 16)}
     net = copies + activation_bytes(cfg, vocab, sum(microbatches) * cfg.train_seq_len)
     pairs = 8 * vocab**2 if cfg.complement_alpha else 0
@@ -6160,6 +6182,7 @@ def train_mode(cfg: Knobs, warnings: list[str], env: dict[str, str]) -> None:
     check_vocab(cfg, tokenizer)
     train_tokens = sum(len(Shard(path)) for path in find_shards(folder, "train"))
     cfg, lowered = fit_memory(cfg, tokenizer.vocab, env, train_tokens)
+    cfg = dataclasses.replace(cfg, mixer_memory_mb=ranks.first(cfg.mixer_memory_mb))  # as it packs
     warnings = [*warnings, *lowered]
     with ranks.in_turn(lambda: Report(None, 0) if ranks.rank else open_report(cfg)) as report:
         kinds = "config", "export", "final"
@@ -6199,8 +6222,8 @@ def train_run(
     report.line(where)
     with make_workers(cfg, int(ranks.same(platform.node()).sum()), ranks.count) as workers:
         describe_start(cfg, report, warnings, workers, ranks.count, bool(saved) and not longer)
-        shards, seq_len = find_shards(folder, "train"), cfg.train_seq_len
-        data = TrainWindows(shards, seq_len, cfg.seed, tokenizer.vocab)
+        shards = find_shards(folder, "train")
+        data = TrainWindows(shards, cfg.train_seq_len, cfg.seed, tokenizer.vocab)
         written = f"{data.fingerprint()} {tokenizer.sha256}"
         ranks.check_same(f"{knobs_of(cfg, 'run', *KEPT_SCOPES)} {written}")
         loaded = load_validation(folder, tokenizer, cfg.val_max_tokens)
@@ -6209,11 +6232,9 @@ def train_run(
         text = ranks.in_turn(lambda: loaded if ranks.rank else check())
         check_least_parameters(cfg, tokenizer.vocab)
         trainer = Trainer(GPT(cfg, tokenizer.vocab, tokenizer.bos), cfg, data, workers, ranks)
-        for line in describe_training(trainer, text):
-            report.line(line)
-        packer = new_packer(trainer, tokenizer)
-        lines = resume(trainer, packer, saved, written) if saved else ()
-        for line in ranks.in_turn(lambda: list(lines)):
+        packer, lines = new_packer(trainer, tokenizer), list(describe_training(trainer, text))
+        more = resume(trainer, packer, saved, written) if saved else ()
+        for line in [*lines, *ranks.in_turn(lambda: list(more))]:
             report.line(line)
         report.begin(None if longer else saved[1]["sizes"] if saved else {})
         follow(cfg.report_to, report.folder)

@@ -366,7 +366,7 @@ def scored_texts(draw):
     text = np.where(common, rng.choice(few, size), rng.integers(0, vocab, size)).astype(np.int64)
     flags = rng.random((2, vocab)) < 0.3
     tokenizer = t.Tokenizer(np.ones(vocab, np.uint16), *flags, int(rng.integers(vocab)), True, "")
-    leaves = 1 << max(vocab - 1, 1).bit_length()
+    leaves = 1 << t.tree_levels(vocab)
     leaf = rng.permutation(any_tree(vocab, leaves, rng)).astype(np.int64)
     logits = rng.normal(size=(size, vocab)) * draw(st.sampled_from([0, 1, 10, 80]))
     logits[np.arange(size), text] += draw(st.sampled_from([0, 0, 12]))  # a net may know much

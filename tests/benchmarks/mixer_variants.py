@@ -34,12 +34,12 @@ def without(text: str, name: str) -> dict[str, str]:
 def variants(text: str) -> dict[str, tuple[str, dict[str, str]]]:
     """Name -> size, replacements."""
     table = {size: (size, {}) for size in ("small", "medium", "large")}
-    rates = "FIRST_RATE, LAST_RATE, FADE = np.float32(0.06), np.float32(0.005)"
+    rates = "FIRST_RATE, LAST_RATE, FADE = np.float32(0.12), np.float32(0.003)"
     for name, change in {
-        "counts to 255": {"30, 40, 60]": "60, 120, 255]"},
+        "counts to 60": {"22, 60, 120, 255]": "22, 30, 40, 60]"},
         "maps slow down at 255": {"MAP_LIMIT = 1023": "MAP_LIMIT = 255"},
-        "rates halved": {rates: rates.replace("0.06", "0.03").replace("0.005", "0.0025")},
-        "rates doubled": {rates: rates.replace("0.06", "0.12").replace("0.005", "0.01")},
+        "rates halved": {rates: rates.replace("0.12", "0.06").replace("0.003", "0.0015", 1)},
+        "rates doubled": {rates: rates.replace("0.12", "0.24").replace("0.003", "0.006", 1)},
         "no corrections": {"2 / (COUNTS + 1.5) + 0.1": "0 * COUNTS"},
         "nothing is sparse": {"fresh[a] and rows[a, 7] and not first_ones": "False"},
         "a balanced tree": {"(key < 0).sum()": "(len(node) + 1) // 2"},
