@@ -144,6 +144,36 @@ def in_child(work: Callable[[], Any]) -> Any:
         child.join()
 
 
+def serve_net(path: Path, stride: int, ends: Any) -> None:
+    """An artifact's net: for each token that comes, ln P of what comes next."""
+    use = t.Use.load(path, dict(os.environ))
+    model, length = t.load_net(use.cfg, path, use.artifact), t.eval_shape(use.cfg)[0]
+    t.NetReader(model, length, stride).read(0)  # the first call takes longer
+    reader = t.NetReader(model, length, stride)
+    ends.send(None)
+    with contextlib.suppress(EOFError):  # the other end is closed
+        while True:
+            reader.read(ends.recv())
+            ends.send(reader.logs)
+
+
+class FarNet:
+    """A `NetReader` in a new process: MLX's threads are not in one that is forked."""
+
+    def __init__(self, path: Path, stride: int) -> None:
+        context = multiprocessing.get_context("spawn")
+        self.ends, theirs = context.Pipe()
+        self.process = context.Process(target=serve_net, args=(path, stride, theirs), daemon=True)
+        self.process.start()
+        theirs.close()
+        self.logs = self.ends.recv()
+
+    def read(self, token: int) -> None:
+        """See `NetReader.read`."""
+        self.ends.send(token)
+        self.logs = self.ends.recv()
+
+
 class PrimedUse(t.Use):
     """MODE=compress and MODE=restore by a mixer that has read the artifact's text already."""
 
@@ -152,11 +182,7 @@ class PrimedUse(t.Use):
 
     def predictor(self, tokens: int, contexts: bool, net: bool, stride: int) -> t.Predictor:
         """See `Use.predictor`."""
-        if not net:
-            return t.Predictor(self.mixer, None)
-        model, length = t.load_net(self.cfg, self.path, self.artifact), t.eval_shape(self.cfg)[0]
-        t.NetReader(model, length, stride).read(0)  # the first call takes longer
-        return t.Predictor(self.mixer, t.NetReader(model, length, stride))
+        return t.Predictor(self.mixer, FarNet(self.path, stride) if net else None)
 
     def encode(self, parts: list[np.ndarray], flags: int) -> tuple[bytes, float]:
         """See `Use.encode`."""
