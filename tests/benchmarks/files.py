@@ -4,9 +4,9 @@
         [--with-net-up-to BYTES] [--kept RESULTS.json] [--only NAME ...]
 
 Of this script MODE=compress is measured, by its own code: the size of the whole .tgk file. The
-mixer is primed once. Each file is compressed in a process that is forked from the primed one, and
-restored in another; the two share its memory until they write to it. Seconds are of the coding
-alone. Priming, which MODE=compress and MODE=restore need once each time, is printed apart.
+mixer is primed once. Each file is compressed in a process that is forked from the primed one and
+copies its tables, and restored in another. Seconds are of the coding alone. Priming, which
+MODE=compress and MODE=restore need once each time, is printed apart.
 
 Other compressors that can be given text are given what the artifact has packed, decoded, or TEXT,
 whose documents are cut at empty lines:
@@ -144,6 +144,14 @@ def in_child(work: Callable[[], Any]) -> Any:
         child.join()
 
 
+def own_copy(mixer: t.LogisticMixer) -> None:
+    """Copy a forked mixer's tables at once: page by page, as they are written, would be timed."""
+    copies = [t.huge_zeros(array.size, array.dtype).reshape(array.shape) for array in mixer.state]
+    for copy, array in zip(copies, mixer.state, strict=True):
+        np.copyto(copy, array)
+    mixer.state = t.Past(*copies)
+
+
 def serve_net(path: Path, stride: int, ends: Any) -> None:
     """An artifact's net: for each token that comes, ln P of what comes next."""
     use = t.Use.load(path, dict(os.environ))
@@ -194,6 +202,7 @@ class PrimedUse(t.Use):
         """A mode in a process of its own, without its output. Returns the seconds of coding."""
 
         def work() -> float:
+            own_copy(self.mixer)
             self.cfg = dataclasses.replace(self.cfg, **knobs)
             with contextlib.redirect_stdout(io.StringIO()):
                 getattr(self, mode)()
@@ -333,14 +342,24 @@ class Kept:
 
 
 def shown(result: Measured | str, size: int) -> str:
-    """A cell: bytes, bits per byte, seconds."""
+    """A result: bytes, bits per byte, seconds."""
     if isinstance(result, str):
-        return result or "-"
-    return f"{result.size:,} ({8 * result.size / size:.3f}; {result.seconds:.2f} s)"
+        return result
+    return f"{result.size:,} bytes, {8 * result.size / size:.3f} bpb, {result.seconds:.2f} s"
+
+
+def table(rows: dict[str, dict]) -> str:
+    """Sizes in bytes, as Markdown."""
+    heads = list(next(iter(rows.values()))["results"])
+    lines = [["file", "bytes", *heads], ["---"] * (len(heads) + 2)]
+    for name, row in rows.items():
+        cells = [v if isinstance(v, str) else f"{v.size:,}" for v in row["results"].values()]
+        lines.append([name, f"{row['bytes']:,}", *cells])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def main() -> None:
-    """A line per result as it is measured, then the table, then all of it as JSON."""
+    """A line per result, then the table of sizes, then all of it as JSON."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("artifact", help="an artifact, or a run's folder")
     parser.add_argument("files", nargs="+", type=Path)
@@ -359,10 +378,9 @@ def main() -> None:
             row, measure = rows[path.name], not options.only or name in options.only
             result = kept.result(name, system, path, measure)
             row["results"][name] = result
-            print(f"{path.name}: {name}: {shown(result, row['bytes'])}", flush=True)
-    for name, row in rows.items():
-        cells = (f"{k} {shown(v, row['bytes'])}" for k, v in row["results"].items())
-        print("\n  ".join([f"{name}: {row['bytes']:,} bytes, {row['sha256'][:8]}", *cells]))
+            if result:
+                print(f"{path.name}: {name}: {shown(result, row['bytes'])}", flush=True)
+    print(table(rows))
     print(json.dumps({"benchmark": "files", "artifact": bench.artifact, "rows": rows}))
 
 
