@@ -321,8 +321,8 @@ class Knobs:
     engram_n_heads: int = knob(2, "tables per order", "model", lo=1, hi=16)
     bigram_hash_size: int = knob(4096, "rows of BigramHash's table; 0: off", "model", hi=65536)
     skipgram_hash_size: int = knob(0, "rows of SkipGram's table; 0: off", "model", hi=65536)
-    mixer_memory_mb: int = knob(1950, "MiB of the context models' tables", "model", lo=1,
-                                hi=1 << 15, needs="MIXER=logistic")  # fmt: skip
+    mixer_memory_mb: int = knob(4000, "MiB of the context models' tables; unset: by the text",
+                                "model", lo=1, hi=1 << 15, needs="MIXER=logistic")  # fmt: skip
     mixer_size: str = knob("medium", "how many of the contexts take part", "model",
                            choices="small medium large", needs="MIXER=logistic")  # fmt: skip
 
@@ -359,12 +359,12 @@ PRESETS = {
         XSA_LAST_N=0 ENGRAM_EMBED_DIM=64 MATRIX_LR=0.02 HASH_LR=0.15 MUON_MOMENTUM_WARMUP_STEPS=200
         EMA_DECAY=0.98 WEIGHT_BITS=8 EVAL_STRIDE=128 NGRAM_ALPHA=auto PACK_TEXT_BYTES=1000000
         VAL_MAX_TOKENS=1048576""",
-    "mac": """TRAIN_BATCH_TOKENS=32768 GRAD_ACCUM_STEPS=1 NUM_LAYERS=9 MLP_MULT=2
+    "mac": """MIXER_SIZE=large TRAIN_BATCH_TOKENS=32768 GRAD_ACCUM_STEPS=1 NUM_LAYERS=9 MLP_MULT=2
         ENGRAM_HASH_SIZE=4096 ENGRAM_EMBED_DIM=128 WARMUP_STEPS=2 WARMDOWN_ITERS=300
         WARMDOWN_FRAC=0.5 MUON_MOMENTUM_WARMUP_STEPS=200 EMA_DECAY=0.98 TRAIN_LOG_EVERY=20
         EVAL_STRIDE=512 NGRAM_ALPHA=auto VAL_MAX_TOKENS=4194304""",
-    "h100": """NUM_LAYERS=10 MLP_MULT=2 ENGRAM_EMBED_DIM=64 NGRAM_ALPHA=auto GRAD_ACCUM_STEPS=1
-        WARMDOWN_FRAC=0.5 MLX_MAX_MICROBATCH_TOKENS=65536""",
+    "h100": """MIXER_SIZE=large NUM_LAYERS=10 MLP_MULT=2 ENGRAM_EMBED_DIM=64 NGRAM_ALPHA=auto
+        GRAD_ACCUM_STEPS=1 WARMDOWN_FRAC=0.5 MLX_MAX_MICROBATCH_TOKENS=65536""",
     "baseline": """NUM_LAYERS=9 MLP_MULT=2 MLP_LEAK=0 ROPE_DIMS=0 XSA_LAST_N=0 LN_SCALE_ENABLED=0
         USE_ORTHO_INIT=0 USE_SMEARGATE=0 ENGRAM_LITE_ENABLED=0 BIGRAM_HASH_SIZE=0
         COMPLEMENT_ALPHA=0 WARMDOWN_ITERS=1200 EMA_DECAY=0 WEIGHT_BITS=7 MIXER=off
@@ -2387,11 +2387,12 @@ def checksum(version: int, model_size: int, body: bytes) -> bytes:
 
 
 PACKED_TOKENS_MOST = 40_000_000  # about 25 M fill an artifact
+LEVELS_MOST = 16  # of the mixer's tree
 
 
 def tree_levels(vocab: int) -> int:
-    """Levels of the mixer's tree: two more than a balanced one has, in 16 bits."""
-    return min(max(vocab - 1, 1).bit_length() + 2, 16)
+    """Levels of the mixer's tree: two more than a balanced one has, if there is room."""
+    return min(max(vocab - 1, 1).bit_length() + 2, LEVELS_MOST)
 
 
 @dataclass(frozen=True)
@@ -3625,8 +3626,8 @@ class BackoffMixer(ContextModel):
 #  1. The expert's inputs are 2.0, from the map's cell for the bits 1 1 1, say, 1.6, and 0.5.
 #     The net's input is the logit of its mass below node 11 over its mass below node 5.
 #  2. Nine rows of weights, added and multiplied by the inputs, give the mixed logit 1.2: p = 0.77.
-#     The two refining maps say 0.80 for such a logit, so p = (0.77 + 0.80) / 2 = 0.785.
-#  3. The bit is 1. The coder keeps the lower 0.785 of its interval; that costs 0.35 bits.
+#     The two refining maps say 0.80 for such a logit, so p = 0.34 x 0.77 + 0.66 x 0.80 = 0.79.
+#  3. The bit is 1. The coder keeps the lower 0.79 of its interval; that costs 0.34 bits.
 #  4. Learning: the nine rows move along the inputs by a rate times the error 1 - 0.77. The cells of
 #     all maps that were asked move towards 1 by 1 / (count + 1.5) of the way. So does the slot's
 #     cell, from p = 0.88 to 0.91: its logit is then 2.28, its count 4, its bits 1 1 1 1, and its
@@ -3661,6 +3662,7 @@ class Fixed(NamedTuple):
     candidate_rows: np.ndarray  # (CANDIDATES, 8) int64
     first_row: np.ndarray  # (SETS,) int64: where each weight set's rows begin
     levels: int  # L
+    below_class: int  # decisions of a path that its class, which chooses weights, leaves out
     bos: int  # token that starts a document
 
 
@@ -3672,7 +3674,7 @@ class Past(NamedTuple):
     maps: np.ndarray  # (L, cells of all experts) uint32: 22 bits of probability, 10 of count
     weights: np.ndarray  # (2, rows of all sets, inputs, padded) float32, per judge
     visits: np.ndarray  # (2, rows of all sets) float32: how often each row has learned
-    apm: np.ndarray  # (2, 2^L + hashed, 33) uint32: cells by mixed logit; rows by node, by hash
+    apm: np.ndarray  # (2, V + hashed, 33) uint32: cells by mixed logit; rows by node, by hash
     repeats: np.ndarray  # (2^n,) int32: the position after the last text of SHORTEST_MATCH tokens
     history: np.ndarray  # (capacity,) int32: the tokens so far
     marks: np.ndarray  # (1,) MARKS
@@ -3734,17 +3736,17 @@ SLOT_CONTEXTS = (
     Context("document", document=True),
     Context("document, order 1", tokens=0b1, document=True),
     Context("document, order 2", tokens=0b11, document=True),
+    Context("word", words=0b1),
+    Context("document, word", words=0b1, document=True),
     Context("order 0", size="medium"),
     Context("t-2", tokens=0b10, size="medium"),
     Context("t-3", tokens=0b100, size="medium"),
     Context("classes of three tokens", classes=0b111, size="medium"),
     Context("classes of four tokens", classes=0b1111, sparse=True, size="medium"),
-    Context("word", words=0b1, size="medium"),
     Context("last word", words=0b10, size="medium"),
     Context("last two words", words=0b110, sparse=True, size="medium"),
     Context("word, the one before the last", words=0b101, sparse=True, size="medium"),
     Context("word, last long one", words=0b1001, sparse=True, size="medium"),
-    Context("document, word", words=0b1, document=True, size="medium"),
     Context("document, word pair", words=0b11, document=True, size="medium"),
     Context("order 5", tokens=0b11111, sparse=True, size="large"),
     Context("document, class", classes=0b1, document=True, size="large"),
@@ -3784,7 +3786,7 @@ WORK = np.dtype([  # `now`: first what is known of a token, then of one of its d
     ("cost", np.float64, 3),  # nats of the path so far, per judge and by what is coded
     ("slot_keys", np.uint64, SLOTS),  # hash of each expert's context
     ("slot_hashes", np.uint64, SLOTS),  # hash of that and of the node where the slot begins
-    ("slot", np.int64, SLOTS),  # row of `slots`
+    ("slot", np.int64, (LEVELS_MOST, SLOTS)),  # row of `slots`, by the level where it begins
     ("fresh", np.int64, SLOTS),  # whether it is new
     ("candidate_hashes", np.uint64, CANDIDATES),
     ("found", np.int64, CANDIDATES),  # row of `candidates`
@@ -3793,21 +3795,23 @@ WORK = np.dtype([  # `now`: first what is known of a token, then of one of its d
     ("node", np.int64),
     ("level", np.int64),  # of the node, 0 at the root
     ("cell_at", np.int64),  # of the node in its slot, 1 .. 7
+    ("top", np.int64),  # level where the slot begins
     ("seen", np.int64),  # small slot experts whose cell has a count
     ("inputs", np.float32, (2, WIDTH)),  # logits, per judge
-    ("map_at", np.int64, EXPERTS),  # the expert's cell in the level's maps, -1 if it is silent
-    ("set_rows", np.int64, SETS),  # the row of `weights` of each weight set
+    # By level, so that the last token can be undone: see `restore`.
+    ("map_at", np.int64, (LEVELS_MOST, EXPERTS)),  # the expert's cell in the maps, -1 if silent
+    ("set_rows", np.int64, (LEVELS_MOST, SETS)),  # the row of `weights` of each weight set
+    ("apm_rows", np.int64, (LEVELS_MOST, 2)),  # the rows of `apm` that refine the mixed logit
+    ("apm_column", np.int64, (LEVELS_MOST, 2)),  # the column that learns, per judge
     ("products", np.float32, WIDTH),
     ("mixed", np.float32, 2),  # mixed logit per judge, within 11.9 of 0
-    ("apm_rows", np.int64, 2),  # the rows of `apm` that refine it
-    ("apm_column", np.int64, 2),  # the column that learns, per judge
     ("p", np.int64, 3),  # probability of a 1 in 65,536ths, per judge; the last is coded
 ])  # fmt: skip
 
 # --------------------------------------------------------------------------------------------------
 # Tables and the cells of maps
 
-COUNTS = np.array([0, 1, 2, 3, 4, 5, 6, 7, 8, 10, 13, 17, 22, 30, 40, 60])  # a slot's 16 counts
+COUNTS = np.array([0, 1, 2, 3, 4, 5, 6, 7, 8, 10, 13, 17, 22, 60, 120, 255])  # a slot's 16 counts
 MAP_LIMIT = 1023  # count up to which a map's cell slows down
 
 
@@ -3843,9 +3847,9 @@ def mixer_tables() -> dict[str, np.ndarray]:
     }
 
 
-def map_cells(probability: np.ndarray | list) -> np.ndarray:
-    """Probabilities in 65,536ths -> uint32 cells of 22 bits of probability and 10 of count, 0."""
-    return (np.asarray(probability, np.int64) << 16).astype(np.uint32)
+def map_cells(probability: np.ndarray | list, count: int = 0) -> np.ndarray:
+    """Probabilities in 65,536ths -> uint32 cells of 22 bits of probability and 10 of count."""
+    return (np.asarray(probability, np.int64) << 16 | count).astype(np.uint32)
 
 
 @bare_kernel
@@ -3871,10 +3875,10 @@ def learn_cell(fixed, cells, at, bit, limit):
 @bare_kernel
 def learn_maps(fixed, past, now, bit):
     """Let the maps learn what followed when the experts said what they said."""
-    maps = past.maps[now.level]
+    maps, map_at = past.maps[now.level], now.map_at[now.level]
     for e in range(FIRST_SLOT + len(fixed.slot_rows)):
-        if now.map_at[e] >= 0:
-            learn_cell(fixed, maps, now.map_at[e], bit, MAP_LIMIT)
+        if map_at[e] >= 0:
+            learn_cell(fixed, maps, map_at[e], bit, MAP_LIMIT)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -4078,24 +4082,29 @@ UNSEEN = 2048 << 20 | 0 << 16 | 1 << 9 | 256
 def first_slot_maps(slots: int) -> np.ndarray:
     """The slots' maps at first, which trust the cell's logit: by expert, last bits, 4 of logit."""
     logits = 3072 + (np.arange(16) * 2 - 15) * 128
-    return np.tile(map_cells(mixer_tables()["squash"][logits]), slots * 128)
+    return np.tile(map_cells(mixer_tables()["squash"][logits], 10), slots * 128)
 
 
 @bare_kernel
 def slot_inputs(fixed, past, now):
     """Write three inputs per expert: the cell's logit, that of the map for cells with such a logit
     and these last bits, and the cell's correction."""
-    x = now.inputs[0]
+    x, slot, maps, map_at = (
+        now.inputs[0],
+        now.slot[now.top],
+        past.maps[now.level],
+        now.map_at[now.level],
+    )
     now.seen = 0
     for a in range(len(fixed.slot_rows)):
-        cell = np.int64(past.slots[now.slot[a], now.cell_at])
+        cell = np.int64(past.slots[slot[a], now.cell_at])
         e, j = FIRST_SLOT + a, SLOT_INPUT + 3 * a
         x[j] = np.float32((cell >> 20) - 2048) * np.float32(1 / 256)
-        x[j + 1], now.map_at[e] = np.float32(0), -1
+        x[j + 1], map_at[e] = np.float32(0), -1
         x[j + 2] = np.float32((cell & 511) - 256) * np.float32(1 / CORRECTION_STEPS)
         if cell >> 16 & 15:
-            now.map_at[e] = SLOT_MAP + a * SLOT_MAP_CELLS + (cell >> 9 & 127) * 16 + (cell >> 28)
-            x[j + 1] = map_logit(fixed, past.maps[now.level, now.map_at[e]])
+            map_at[e] = SLOT_MAP + a * SLOT_MAP_CELLS + (cell >> 9 & 127) * 16 + (cell >> 28)
+            x[j + 1] = map_logit(fixed, maps[map_at[e]])
             now.seen += a < SMALL_SLOTS
 
 
@@ -4106,9 +4115,10 @@ def learn_slots(fixed, past, now, bit):
     The count goes on by chance, see COUNTS, and the correction is rounded by chance.
     """
     error = np.float32(bit * 65536 - squashed(fixed, now.mixed[0])) * np.float32(1 / 65536)
+    slot = now.slot[now.top]
     dice = ((past.marks[0].tokens * 16 + now.level) * 0x9E3779B1 >> 12) & 0xFFFF
     for a in range(len(fixed.slot_rows)):
-        cell = np.int64(past.slots[now.slot[a], now.cell_at])
+        cell = np.int64(past.slots[slot[a], now.cell_at])
         logit, count, last = cell >> 16, cell >> 16 & 15, cell >> 9 & 127
         if bit:
             after = np.int64(fixed.after_one[logit])
@@ -4119,7 +4129,7 @@ def learn_slots(fixed, past, now, bit):
         chance = np.float32(dice + a * 0x9E37 & 0xFFFF) * np.float32(1 / 65536)
         moved = np.float32(cell & 511) + error * fixed.agility[count]
         correction = min(max(np.int64(moved + chance), 1), 511)
-        past.slots[now.slot[a], now.cell_at] = after << 16 | (last | bit) << 9 | correction
+        past.slots[slot[a], now.cell_at] = after << 16 | (last | bit) << 9 | correction
 
 
 # --------------------------------------------------------------------------------------------------
@@ -4136,7 +4146,7 @@ def first_candidate_maps() -> np.ndarray:
 @bare_kernel
 def candidate_inputs(fixed, past, now):
     """Write one input per expert, from the counts of the candidates below each side of the node."""
-    x, levels = now.inputs[0], fixed.levels
+    x, levels, map_at = now.inputs[0], fixed.levels, now.map_at[now.level]
     for c in range(CANDIDATES):
         n0, n1, newest = 0, 0, -1
         for m in range(1, 8):
@@ -4150,11 +4160,11 @@ def candidate_inputs(fixed, past, now):
                 n0 += np.int64(entry & np.uint32(0xFFFF)) * (1 - bit)
                 n1 += np.int64(entry & np.uint32(0xFFFF)) * bit
         e, j = FIRST_CANDIDATE + c, CANDIDATE_INPUT + c
-        x[j], now.map_at[e] = np.float32(0), -1
+        x[j], map_at[e] = np.float32(0), -1
         if newest >= 0:
             pair = fixed.evidence[n0] * 10 + fixed.evidence[n1]
-            now.map_at[e] = CANDIDATE_MAP + c * CANDIDATE_MAP_CELLS + pair * 2 + newest
-            x[j] = map_logit(fixed, past.maps[now.level, now.map_at[e]])
+            map_at[e] = CANDIDATE_MAP + c * CANDIDATE_MAP_CELLS + pair * 2 + newest
+            x[j] = map_logit(fixed, past.maps[now.level, map_at[e]])
 
 
 @bare_kernel
@@ -4189,12 +4199,12 @@ def first_match_maps() -> np.ndarray:
 @bare_kernel
 def match_input(fixed, past, now):
     """Write one input, if the leaf that the match expects is below the node."""
-    x = now.inputs[0]
-    x[MATCH_INPUT], now.map_at[MATCH] = np.float32(0), -1
+    x, map_at = now.inputs[0], now.map_at[now.level]
+    x[MATCH_INPUT], map_at[MATCH] = np.float32(0), -1
     if now.expected >> (fixed.levels - now.level) == now.node:
         bit = now.expected >> (fixed.levels - now.level - 1) & 1
-        now.map_at[MATCH] = MATCH_MAP + min(past.marks[0].match_length, 63) * 2 + bit
-        x[MATCH_INPUT] = map_logit(fixed, past.maps[now.level, now.map_at[MATCH]])
+        map_at[MATCH] = MATCH_MAP + min(past.marks[0].match_length, 63) * 2 + bit
+        x[MATCH_INPUT] = map_logit(fixed, past.maps[now.level, map_at[MATCH]])
 
 
 @bare_kernel
@@ -4230,38 +4240,42 @@ def learn_match(past, token):
 CHOOSERS = tuple(a for a, context in enumerate(SLOT_CONTEXTS) if context.chooses)
 SMALL_SLOTS = sum(context.size == "small" for context in SLOT_CONTEXTS)
 # The rate is FIRST_RATE / (1 + FADE * visits of the row), at least LAST_RATE, over the inputs.
-FIRST_RATE, LAST_RATE, FADE = np.float32(0.06), np.float32(0.005), np.float32(0.003)
-FIRST_WEIGHTS, BIAS_INPUT = 2.4, 0.3  # summed over sets and inputs; logit
+FIRST_RATE, LAST_RATE, FADE = np.float32(0.12), np.float32(0.003), np.float32(0.003)
+FIRST_WEIGHTS, BIAS_INPUT = 3.0, 0.3  # summed over sets and inputs; logit
 LEAST_TRUST = np.float32(0.02)
 NET_WEIGHT, OTHERS = np.float32(0.3), np.float32(0.75)  # when the net joins: its weight, theirs
 
 
-CLASS_ROWS, WORD_ROWS = 1 << 16, 1 << 17  # of two sets whose choices are many: some share a row
+def chooser_levels(vocab: int, memory_mb: int) -> int:
+    """Decisions of t-1's path that choose a row of the class set, which has at most 2^16 rows."""
+    most = min(1 << 16, memory_mb << 10)
+    return min(max(most // vocab, 1).bit_length() - 1, tree_levels(vocab))
 
 
-def set_sizes(vocab: int) -> list[int]:
-    """Rows of each weight set, in the order of `choose_rows`."""
-    levels = tree_levels(vocab)
-    seen, counts = levels * (SMALL_SLOTS + 1), 8 ** len(CHOOSERS)
-    return [vocab, vocab, 8 * vocab, 8 * vocab, seen, counts, 16 * levels, CLASS_ROWS, WORD_ROWS]
+def set_sizes(vocab: int, memory_mb: int) -> list[int]:
+    """Rows of each weight set, in the order of `choose_rows`; of words some share a row."""
+    levels, classes = tree_levels(vocab), vocab << chooser_levels(vocab, memory_mb)
+    seen, counts, words = levels * (SMALL_SLOTS + 1), 8 ** len(CHOOSERS), min(64, memory_mb) << 11
+    return [vocab, vocab, 8 * vocab, 8 * vocab, seen, counts, 16 * levels, classes, words]
 
 
 @bare_kernel
 def choose_rows(fixed, past, now):
     """Choose a row of each weight set for a decision."""
-    rows, counts, decision = now.set_rows, 0, fixed.decision[now.node]
+    rows, slot, counts = now.set_rows[now.level], now.slot[now.top], 0
+    decision = fixed.decision[now.node]
     for a in CHOOSERS:
-        counts = counts * 8 + (np.int64(past.slots[now.slot[a], now.cell_at]) >> 17 & 7)
+        counts = counts * 8 + (np.int64(past.slots[slot[a], now.cell_at]) >> 17 & 7)
     rows[0] = decision
     rows[1] = now.second_last
     rows[2] = now.last * 8 + min(now.level, 7)
     rows[3] = now.age * len(fixed.leaf) + decision
     rows[4] = now.level * (SMALL_SLOTS + 1) + now.seen
     rows[5] = counts
-    marks, above = past.marks[0], max(fixed.levels - CLASS_LEVELS, 0)
+    marks, words = past.marks[0], past.weights.shape[1] - fixed.first_row[SETS - 1]
     rows[6] = min(marks.letters, 15) * fixed.levels + now.level
-    rows[7] = ((fixed.leaf[now.last] >> above) * len(fixed.leaf) + decision) % CLASS_ROWS
-    rows[8] = np.int64(mix_hash(marks.words[0], now.level) >> np.uint64(24)) % WORD_ROWS
+    rows[7] = (fixed.leaf[now.last] >> fixed.below_class) * len(fixed.leaf) + decision
+    rows[8] = np.int64(mix_hash(marks.words[0], now.level) >> np.uint64(24)) % words
     for k in range(SETS):
         rows[k] += fixed.first_row[k]
 
@@ -4270,11 +4284,12 @@ def choose_rows(fixed, past, now):
 def mixed_logit(past, now, judge):
     """The inputs times the sum of the sets' rows. Every loop but the last becomes vectors."""
     products, x, weights = now.products, now.inputs[judge], past.weights[judge]
-    row = weights[now.set_rows[0]]
+    rows = now.set_rows[now.level]
+    row = weights[rows[0]]
     for j in range(len(row)):
         products[j] = row[j]
     for k in range(1, SETS):
-        row = weights[now.set_rows[k]]
+        row = weights[rows[k]]
         for j in range(len(row)):
             products[j] += row[j]
     for j in range(len(row)):
@@ -4294,9 +4309,10 @@ def learn_weights(fixed, past, now, judge, bit):
     weights, visits, x = past.weights[judge], past.visits[judge], now.inputs[judge]
     error = np.float32(bit * 65536 - squashed(fixed, now.mixed[judge])) * np.float32(1 / 65536)
     error /= np.float32(weights.shape[1])
+    rows = now.set_rows[now.level]
     for k in range(SETS):
-        row, n = weights[now.set_rows[k]], visits[now.set_rows[k]]
-        visits[now.set_rows[k]] = n + np.float32(1)
+        row, n = weights[rows[k]], visits[rows[k]]
+        visits[rows[k]] = n + np.float32(1)
         step = error * max(LAST_RATE, FIRST_RATE / (np.float32(1) + n * FADE))
         for j in range(len(row)):  # a length unknown to the compiler: it makes vectors of the loop
             row[j] += step * x[j]
@@ -4314,45 +4330,46 @@ def join_net(past: Past) -> None:
 # --------------------------------------------------------------------------------------------------
 # Refinement: two adaptive probability maps (APM) of the mixed logit, per judge
 
-APM_LIMIT = 250  # count up to which an APM's cell slows down
+APM_LIMIT = 1000  # count up to which an APM's cell slows down
 
 
 def first_apm_row() -> np.ndarray:
     """An APM's row of 33 cells at first, which trusts the mixed logits -8, -7.5 .. 8."""
-    return map_cells(mixer_tables()["squash"][3072 + (np.arange(33) - 16) * 128])
+    return map_cells(mixer_tables()["squash"][3072 + (np.arange(33) - 16) * 128], 15)
 
 
 @bare_kernel
 def choose_apm_rows(fixed, past, now):
     """Choose the APMs' rows for a decision: the node's, and its hash with token t-1."""
-    leaves = len(fixed.token)
+    rows, vocab = now.apm_rows[now.level], len(fixed.leaf)
     h = mix_hash(np.uint64(now.last) << np.uint64(20), now.node) >> np.uint64(40)
-    now.apm_rows[0] = now.node
-    now.apm_rows[1] = leaves + np.int64(h) % (past.apm.shape[1] - leaves)
+    rows[0] = fixed.decision[now.node]
+    rows[1] = vocab + np.int64(h) % (past.apm.shape[1] - vocab)
 
 
 @bare_kernel
 def refined(fixed, past, now, judge):
-    """Probability in 65,536ths: half the mixed logit's own, a quarter each APM's, interpolated."""
-    mixed = now.mixed[judge]
+    """Probability in 65,536ths: a third each of the mixed logit's own and the APMs'."""
+    mixed, rows = now.mixed[judge], now.apm_rows[now.level]
     place = min(max((mixed + np.float32(8)) * np.float32(2), np.float32(0)), np.float32(31.99))
     low, total = np.int64(place), np.float32(0)
     high = place - np.float32(low)
     for k in range(2):
-        row = past.apm[judge, now.apm_rows[k]]
+        row = past.apm[judge, rows[k]]
         a = np.float32(row[low] >> np.uint32(10)) * (np.float32(1) - high)
         total += a + np.float32(row[low + 1] >> np.uint32(10)) * high
-    now.apm_column[judge] = low + (high >= np.float32(0.5))
-    p = np.float32(squashed(fixed, mixed)) * np.float32(0.5) + total * np.float32(0.25 / 64)
+    now.apm_column[now.level, judge] = low + (high >= np.float32(0.5))
+    p = np.float32(squashed(fixed, mixed)) * np.float32(0.34) + total * np.float32(0.33 / 64)
     return min(max(np.int64(p), 1), 65535)
 
 
 @bare_kernel
 def learn_apm(fixed, past, now, judge, bit):
     """Move the cell nearest to the mixed logit, in each APM, towards the bit."""
+    rows = now.apm_rows[now.level]
     for k in range(2):
-        row = past.apm[judge, now.apm_rows[k]]
-        learn_cell(fixed, row, now.apm_column[judge], bit, APM_LIMIT)
+        row = past.apm[judge, rows[k]]
+        learn_cell(fixed, row, now.apm_column[now.level, judge], bit, APM_LIMIT)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -4496,15 +4513,14 @@ def code_path(fixed, past, now, mass, coder, leaf):
     for level in range(fixed.levels):
         now.level = level
         if level % SLOT_LEVELS == 0:
-            slots, rows = past.slots, fixed.slot_rows
-            now.touched += touch_rows(slots, rows, now.slot_keys, now.node, now.slot_hashes,
-                                      now.slot)  # fmt: skip
+            slots, rows, slot = past.slots, fixed.slot_rows, now.slot[level]
+            now.touched += touch_rows(slots, rows, now.slot_keys, now.node, now.slot_hashes, slot)
             if level == 0:
                 find_rows(past.candidates, fixed.candidate_rows, now.candidate_hashes, now.found,
                           now.unknown, True, 0xFFFF, 0, past.marks[0].tokens)  # fmt: skip
-            find_rows(slots, rows, now.slot_hashes, now.slot, now.fresh, level == 0, 15 << 16,
+            find_rows(slots, rows, now.slot_hashes, slot, now.fresh, level == 0, 15 << 16,
                       UNSEEN, past.marks[0].tokens)  # fmt: skip
-            now.cell_at = 1
+            now.cell_at, now.top = 1, level
         bit = 0
         if fixed.inside[2 * now.node + 1]:  # else no token is there: nothing to decide
             predict_bit(fixed, past, now, mass)
@@ -4563,8 +4579,8 @@ def new_fixed(tokenizer: Tokenizer, leaf: np.ndarray, memory_mb: int, size: str)
         letters=letters, sizes=sizes, decision=np.append(0, np.cumsum(inside[3::2] > 0) - 1),
         slot_rows=context_rows(contexts, ((local, slots - local), (0, local))),
         candidate_rows=context_rows(CANDIDATE_CONTEXTS, ((0, found), (0, found))),
-        first_row=np.cumsum([0, *set_sizes(tokenizer.vocab)[:-1]]), levels=levels,
-        bos=max(tokenizer.bos, 0),
+        first_row=np.cumsum([0, *set_sizes(tokenizer.vocab, memory_mb)[:-1]]), levels=levels,
+        below_class=levels - chooser_levels(tokenizer.vocab, memory_mb), bos=max(tokenizer.bos, 0),
     )  # fmt: skip
 
 
@@ -4573,9 +4589,9 @@ def new_past(vocab: int, experts: int, capacity: int, memory_mb: int) -> Past:
     tokens."""
     slots, _, found = table_rows(memory_mb)
     maps = np.concatenate([first_match_maps(), first_candidate_maps(), first_slot_maps(experts)])
-    levels, rows = tree_levels(vocab), sum(set_sizes(vocab))
+    levels, rows = tree_levels(vocab), sum(set_sizes(vocab, memory_mb))
     width = -(-(SLOT_INPUT + 3 * experts) // LANES) * LANES
-    hashed = min(1 << 16, memory_mb << 10)
+    hashed = min(1 << 18, memory_mb << 10)
     repeats = min(1 << 24, 1 << max(memory_mb << 13, 64).bit_length())
     marks = np.zeros(1, MARKS)
     marks["pieces"] = 1 << 50
@@ -4585,7 +4601,7 @@ def new_past(vocab: int, experts: int, capacity: int, memory_mb: int) -> Past:
         maps=np.tile(maps, (levels, 1)),
         weights=np.full((2, rows, width), FIRST_WEIGHTS / SETS / 3 / experts, np.float32),
         visits=np.zeros((2, rows), np.float32),
-        apm=np.tile(first_apm_row(), (2, (1 << levels) + hashed, 1)),
+        apm=np.tile(first_apm_row(), (2, vocab + hashed, 1)),
         repeats=np.zeros(repeats, np.int32), history=np.zeros(capacity, np.int32), marks=marks,
     )  # fmt: skip
 
@@ -4660,15 +4676,22 @@ class LogisticMixer(ContextModel):
     def restore(self, saved: tuple[np.ndarray, ...]) -> None:
         """Go back to what `save` returned, in place: the tables stay where they are.
 
-        Of the weights, which are by far the most, only the rows that have learned since are copied.
+        If that was before the last token, only what the token has touched is copied.
         """
-        its, mine = Past(*saved), self.state
-        joined = (mine.marks["joined"] != its.marks["joined"]).any()  # that changes them all
-        moved = slice(None) if joined else np.nonzero(mine.visits != its.visits)
-        mine.weights[moved] = its.weights[moved]
-        for array, old in zip(mine, its, strict=True):
-            if array is not mine.weights:
-                np.copyto(array, old)
+        its, mine, now = Past(*saved), self.state, self.now[0]
+        joined = (mine.marks["joined"] != its.marks["joined"]).any()  # that changes all weights
+        one = not joined and (mine.marks["tokens"] - its.marks["tokens"] == 1).all()
+        levels, judges = np.arange(LEVELS_MOST)[:, None], np.arange(2)[:, None, None]
+        touched = {
+            "slots": now["slot"],
+            "maps": (levels[: self.fixed.levels], now["map_at"][: self.fixed.levels]),
+            "weights": (slice(None), now["set_rows"]), "visits": (slice(None), now["set_rows"]),
+            "apm": (judges, now["apm_rows"], now["apm_column"].T[:, :, None]),
+            "candidates": now["found"],
+        } if one else {}  # fmt: skip
+        for name, array, old in zip(Past._fields, mine, its, strict=True):
+            where = touched.get(name, ...)
+            array[where] = old[where]
 
 
 def new_context_model(
@@ -4690,7 +4713,7 @@ def new_context_model(
 # ==================================================================================================
 
 PACK_CHUNK = 1 << 14  # tokens per call of the kernel
-TREE_TOKENS = 16_000_000  # that the mixer's tree is made of, at most
+TREE_TOKENS = 4_000_000  # that the mixer's tree is made of, at most
 MESSAGE_TOKENS = 256  # of validation text, coded by the mixer that packed: see EVALUATION
 
 
@@ -5410,10 +5433,11 @@ def walk_tree(mixer, still, row, logs, fresh):
             if fixed.inside[top] > 1:
                 for a in range(SLOTS):
                     fresh[top, a] = fresh[top >> SLOT_LEVELS, a]
-                now.touched += touch_rows(past.slots, fixed.slot_rows, now.slot_keys, top,
-                                          now.slot_hashes, now.slot)  # fmt: skip
-                copy_rows(past.slots, fixed.slot_rows, now.slot_hashes, now.slot, fresh[top],
-                          level == 0, UNSEEN, there.slots)  # fmt: skip
+                now.top, rows, slot = level, fixed.slot_rows, now.slot[level]
+                now.touched += touch_rows(past.slots, rows, now.slot_keys, top, now.slot_hashes,
+                                          slot)  # fmt: skip
+                copy_rows(past.slots, rows, now.slot_hashes, slot, fresh[top], level == 0, UNSEEN,
+                          there.slots)  # fmt: skip
             for cell_at in range(1, 1 << min(SLOT_LEVELS, fixed.levels - level)):
                 down = (cell_at > 1) + (cell_at > 3)
                 now.cell_at, now.level = cell_at, level + down
@@ -5885,14 +5909,21 @@ def activation_bytes(cfg: Knobs, vocab: int, tokens: int) -> int:
     return tokens * cfg.num_layers * block * size + head
 
 
-def fit_memory(cfg: Knobs, vocab: int, env: dict[str, str]) -> tuple[Knobs, list[str]]:
-    """Settings that the environment leaves open, lowered to what the memory holds; lines."""
+def fit_memory(
+    cfg: Knobs, vocab: int, env: dict[str, str], train_tokens: int
+) -> tuple[Knobs, list[str]]:
+    """Settings that the environment leaves open, lowered to what the memory holds, and tables to
+    what the text needs that may be packed; lines."""
     limit, lines = memory_limit(), []
     if cfg.mixer == "logistic" and env.get("MIXER_MEMORY_MB") and cfg.mixer_memory_mb << 20 > limit:
         raise UserError(f"MIXER_MEMORY_MB={cfg.mixer_memory_mb}: there are {limit >> 20:,}")
-    if not env.get("MIXER_MEMORY_MB") and cfg.mixer_memory_mb << 20 > limit // 4:
-        cfg = dataclasses.replace(cfg, mixer_memory_mb=max(limit // 4 >> 20, 1))
-        lines.append(f"MIXER_MEMORY_MB={cfg.mixer_memory_mb}: a quarter of this machine's memory")
+    if cfg.mixer == "logistic" and not env.get("MIXER_MEMORY_MB"):
+        packed = cfg.pack_text_bytes if cfg.pack_text_bytes >= 0 else ARTIFACT_LIMIT_BYTES
+        needed = 750 + min(train_tokens, 2 * packed) // 4000  # a token takes half a byte
+        needed, held = min(cfg.mixer_memory_mb, needed), max(limit // 4 >> 20, 1)
+        cfg = dataclasses.replace(cfg, mixer_memory_mb=min(needed, held))
+        if held < needed:
+            lines.append(f"MIXER_MEMORY_MB={held}: a quarter of this machine's memory")
     tokens, workers = cfg.mlx_max_microbatch_tokens, (cfg.workers or cpu_cores()) if on_cpu() else 1
     most = limit // 3 // workers  # each of them has a microbatch
     while tokens > cfg.train_seq_len and activation_bytes(cfg, vocab, tokens) > most:
@@ -5916,7 +5947,7 @@ def estimate_memory(
     vocab = params["tok_emb"].shape[0]
     copies = sum(p.size for p in params.values()) * 4 * (7 + len(microbatches))
     nodes = val_tokens * (cfg.ngram_max_order + 1)  # at most, each with up to four slots
-    rows = sum(set_sizes(vocab))
+    rows = sum(set_sizes(vocab, cfg.mixer_memory_mb))
     tables = (cfg.mixer_memory_mb << 20) + 2 * rows * WIDTH * 4
     mixer = {"logistic": tables, "backoff": nodes * (NODE.itemsize + 16)}
     net = copies + activation_bytes(cfg, vocab, sum(microbatches) * cfg.train_seq_len)
@@ -5951,6 +5982,11 @@ def describe_training(trainer: Trainer, text: ValidationText) -> Iterator[str]:
            f"estimate, of {limit / 1e9:.1f}")  # fmt: skip
     if sum(use.values()) > limit:
         yield "warning: memory may not suffice: lower MLX_MAX_MICROBATCH_TOKENS or MIXER_MEMORY_MB"
+    packed, clock = 2 * cfg.pack_text_bytes, cfg.max_wallclock_seconds  # half a byte per token
+    enough = clock > packed / 12_500  # to pack it in a quarter of the clock
+    if cfg.mixer == "logistic" and 0 <= packed < data.tokens and enough:
+        yield (f"PACK_TEXT_BYTES={cfg.pack_text_bytes}: a clock of {clock:.0f} s is enough for "
+               "more; -1 packs all that fits")  # fmt: skip
 
 
 def new_packer(trainer: Trainer, tokenizer: Tokenizer) -> Packer | None:
@@ -6063,7 +6099,8 @@ def train_mode(cfg: Knobs, warnings: list[str], env: dict[str, str]) -> None:
     folder, tokenizer_path, where = ranks.in_turn(lambda: locate_data(cfg))
     tokenizer = load_tokenizer(tokenizer_path)
     check_vocab(cfg, tokenizer)
-    cfg, lowered = fit_memory(cfg, tokenizer.vocab, env)
+    train_tokens = sum(len(Shard(path)) for path in find_shards(folder, "train"))
+    cfg, lowered = fit_memory(cfg, tokenizer.vocab, env, train_tokens)
     warnings = [*warnings, *lowered]
     with ranks.in_turn(lambda: Report(None, 0) if ranks.rank else open_report(cfg)) as report:
         kinds = "config", "export", "final"
@@ -6332,8 +6369,9 @@ def trial(cfg: Knobs) -> tuple[Trainer, float]:
         return trainer, trainer.take_step()["tok_s"]
 
 
-def doctor_mode(cfg: Knobs, warnings: list[str]) -> None:
+def doctor_mode(cfg: Knobs, warnings: list[str], env: dict[str, str]) -> None:
     """Say what this machine has, what the preset needs, and what is amiss, with its cure."""
+    cfg, _ = fit_memory(cfg, DOCTOR_VOCAB, env, PACKED_TOKENS_MOST)
     amiss = [*warnings, *machine_faults(cfg)]
     say(f"machine: {machine_kind()}, {processor_name()}, {cpu_cores()} cores, "
         f"{memory_limit() / 1e9:.1f} GB; Python {platform.python_version()}")  # fmt: skip
@@ -6394,7 +6432,7 @@ def main(cfg: Knobs, warnings: list[str], env: dict[str, str]) -> None:
     """The program that is asked for; env: where the settings came from."""
     use_device(cfg)
     if cfg.mode == "doctor":
-        doctor_mode(cfg, warnings)
+        doctor_mode(cfg, warnings, env)
     elif cfg.mode in ("sample", "compress", "restore"):
         getattr(Use.load(Path(cfg.eval_only), env), cfg.mode)()
     elif cfg.eval_only:

@@ -235,7 +235,7 @@ def _(score, mixer, tokens, logs, *coder):
 
 
 # What was learned is asked: the token is learned, and only the place in the text is taken back.
-@cheat("update before scoring, logistic", LOGISTIC, "normalisation", "context", COSTS[0])
+@cheat("update before scoring, logistic", LOGISTIC, "normalisation", "two scores", COSTS[0])
 def _(score, mixer, tokens, logs, *coder):
     places = {"history", "words", "now", "marks"} & set(mixer.state._fields)
 

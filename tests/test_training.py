@@ -8,7 +8,7 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 import pytest
-from conftest import tiny_knobs, write_shard
+from conftest import made_up_text, tiny_knobs, write_shard
 
 import train_gpt_mlx_kl as t
 
@@ -517,3 +517,10 @@ def test_memory_by_estimate_grows_with_what_is_asked_for(make_trainer):
     backoff = t.dataclasses.replace(cfg, mixer="backoff")
     few, many = (t.estimate_memory(params, backoff, [4], n)["mixer"] for n in (1000, 2000))
     assert many > few
+
+
+@pytest.mark.parametrize("clock, packed, said", [(9, 20, True), (0, 20, False), (9, -1, False)])
+def test_a_clock_that_is_enough_for_more_text_is_said(make_trainer, clock, packed, said):
+    env = {"MIXER": "logistic", "MAX_WALLCLOCK_SECONDS": clock, "PACK_TEXT_BYTES": packed}
+    lines = list(t.describe_training(make_trainer(**env), made_up_text()))
+    assert any("PACK_TEXT_BYTES=20: a clock of 9 s" in line for line in lines) == said
