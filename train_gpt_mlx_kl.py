@@ -1043,7 +1043,8 @@ def find_shards(folder: Path, split: str) -> list[Path]:
     """Sorted shards of a split. Raises UserError if there are none."""
     paths = sorted(folder.glob(f"*_{split}_*.bin"))
     if not paths:
-        raise UserError(f"DATA_PATH={folder}: holds no *_{split}_*.bin: see data/prepare.py")
+        raise UserError(f"DATA_PATH={folder}: holds no *_{split}_*.bin: make such shards of a "
+                        "text by data/prepare.py text PATH")  # fmt: skip
     for path in paths:
         if "_train_" in path.name and "_val_" in path.name:
             raise UserError(f"{path}: a shard of training or of validation text? rename it")
@@ -1070,6 +1071,7 @@ def locate_data(cfg: Knobs) -> tuple[Path, Path | None, str]:
             make_stdlib()
     if not folder.is_dir():
         raise UserError(f"DATA_PATH={folder}: no such folder")
+    find_shards(folder, "val")  # a folder of text has no tokenizer either
     line += f", {folder}"
     try:
         tokenizer = Path(cfg.tokenizer_path) if cfg.tokenizer_path else tokenizer_beside(folder)

@@ -330,3 +330,11 @@ def test_tokenizer_beside(tmp_path, monkeypatch):
     for name in ("lonely_sp77", "no-size"):
         with pytest.raises(t.UserError, match=name):
             t.tokenizer_beside(make(tmp_path, name))
+
+
+def test_a_folder_of_text_is_told_how_to_become_shards(tmp_path):
+    (tmp_path / "notes.txt").write_text("a text")
+    cfg = tiny_knobs(DATA_PATH=tmp_path)
+    says = re.escape(f"DATA_PATH={tmp_path}: holds no *_val_*.bin: make such shards")
+    with pytest.raises(t.UserError, match=says + ".*data/prepare.py text"):
+        t.locate_data(cfg)
