@@ -9,7 +9,7 @@ import sys
 import brotli
 import numpy as np
 import pytest
-from conftest import ROOT, t, tiny_knobs
+from conftest import ROOT, made_up_tokenizer, random_model, t, tiny_knobs
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -347,3 +347,18 @@ def test_oversized_models_are_refused(tmp_path, monkeypatch):
 
     excess(estimate, t.estimate_bytes, params, groups, cfg)
     excess(fact, t.write_artifact, path, params, groups, cfg, tokenizer_of())
+
+
+def test_an_export_says_where_the_bytes_of_the_net_go(tmp_path):
+    cfg, facts = tiny_knobs(), made_up_tokenizer()
+    params = dict(t.tree_flatten(random_model().parameters()))
+    groups = t.group_parameters(list(params))
+    made = t.write_artifact(tmp_path / "a", params, groups, cfg, facts)
+    parts = made["group_bytes"]
+    assert sum(parts.values()) == made["model_bytes"] and min(parts.values()) > 0
+    assert set(parts) == {"header, tokenizer, tree", *(group.name for group in groups.values())}
+    assert parts["header, tokenizer, tree"] < parts["matrices"]
+    params["tok_emb"] = t.mx.zeros_like(params["tok_emb"])  # takes no room
+    less = t.write_artifact(tmp_path / "b", params, groups, cfg, facts)["group_bytes"]
+    assert less["embedding"] < 0.2 * parts["embedding"]
+    assert less["matrices"] == pytest.approx(parts["matrices"], rel=0.05)
