@@ -1484,7 +1484,7 @@ def last_record(folder: Path | None, *kinds: str) -> Event:
 # What REPORT_TO runs beside a run: it sends what metrics.jsonl gets, until the run ends. So
 # the run waits for no network, and whatever the library does cannot end it.
 SENDER = """
-import importlib, json, math, os, sys, time
+import importlib, json, math, os, signal, sys, time
 library, log, name, at, parent = *sys.argv[1:4], int(sys.argv[4]), int(sys.argv[5])
 try:
     os.nice(10)
@@ -1509,6 +1509,7 @@ try:
                 run.log({**values, "step": step}) if more else run.log(values, step=step)
         at += len(whole) + bool(whole)
         time.sleep(0.5 * alive)
+    signal.alarm(30)  # then it is killed: who reads the run's output waits for it
     run.finish(**({"exit_code": status} if more else {}))
 except BaseException as error:
     reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
