@@ -888,6 +888,11 @@ def compute_dtype(cfg: Knobs) -> str:
     return "float32" if on_cpu() else "bfloat16"
 
 
+def numbers_made_by(cfg: Knobs) -> tuple[str, ...]:
+    """Where the net's last bits come from: with other facts they may be others."""
+    return machine_kind(), processor_name(), mx.__version__, compute_dtype(cfg)
+
+
 # ==================================================================================================
 # DATA: tokenizer facts, shards, shuffled training windows, bigram counts
 # ==================================================================================================
@@ -977,12 +982,16 @@ def load_tokenizer(path: Path) -> Tokenizer:
     return Tokenizer(size, leading, control, *facts)
 
 
+def bytes_of_pieces(tokenizer: Tokenizer) -> list[bytes]:
+    """What each piece adds to a text."""
+    ends = np.cumsum(tokenizer.piece_bytes.astype(np.int64) * bool(tokenizer.text)).tolist()
+    return [tokenizer.text[start:end] for start, end in itertools.pairwise([0, *ends])]
+
+
 def piece_texts(tokenizer: Tokenizer) -> list[str]:
     """What each piece adds to a text; a byte that is no character alone as <0xNN>."""
-    ends = np.cumsum(tokenizer.piece_bytes.astype(np.int64) * bool(tokenizer.text)).tolist()
-    parts = [tokenizer.text[start:end] for start, end in itertools.pairwise([0, *ends])]
     return [part.decode(errors="replace") if len(part) != 1 or part < b"\x80"
-            else f"<0x{part[0]:02X}>" for part in parts]  # fmt: skip
+            else f"<0x{part[0]:02X}>" for part in bytes_of_pieces(tokenizer)]  # fmt: skip
 
 
 def check_vocab(cfg: Knobs, tokenizer: Tokenizer) -> None:
@@ -2328,7 +2337,7 @@ def apply_gradients(
 # ==================================================================================================
 
 CLIP_RATIOS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65)
-MAGIC, FORMAT_VERSION = b"MLXGOLF1", 8
+MAGIC, FORMAT_VERSION = b"MLXGOLF1", 9
 # Magic, version, SHA-256 of the version and the rest, bytes of the compressed model.
 PREFIX = struct.Struct("<8sH32sQ")
 LZMA_MAGIC = b"\xfd7zXZ\0"  # no brotli stream of ours begins so
@@ -4091,6 +4100,22 @@ def touch_rows(table, rows, keys, node, hashes, at):
 
 
 @bare_kernel
+def tag_of(h):
+    """What tells a key from the others that may be in the same rows: 16 bits, never 0."""
+    return np.int64(h >> np.uint64(48)) | 1
+
+
+@bare_kernel
+def place_of(table, h, first):
+    """Where a hash is, from its first place on; -1 if nowhere."""
+    tag = tag_of(h)
+    for place in range(first, first + WAYS):
+        if np.int64(table[place, 0]) == tag:
+            return place
+    return -1
+
+
+@bare_kernel
 def find_rows(table, rows, hashes, at, fresh, first_ones, used, blank, turn):
     """Go from each hash's first place to where it is; a new key gets the least used row, cleared.
 
@@ -4100,22 +4125,18 @@ def find_rows(table, rows, hashes, at, fresh, first_ones, used, blank, turn):
     turn: which of the least used rows goes.
     """
     for a in range(len(rows)):
-        tag, place = np.int64(hashes[a] >> np.uint64(48)) | 1, at[a]
-        end = place + WAYS
-        if fresh[a] and rows[a, 7] and not first_ones:
-            place = len(table) - 1 - a
-        else:
-            while place < end and np.int64(table[place, 0]) != tag:
-                place += 1
-            fresh[a] = place == end
-            if fresh[a]:
-                place = at[a] + ((turn + a) & (WAYS - 1))
-                for way in range(at[a], end):
-                    if np.int64(table[way, 1]) & used < np.int64(table[place, 1]) & used:
-                        place = way
-        if fresh[a]:
+        gone = fresh[a] and rows[a, 7] and not first_ones
+        place = len(table) - 1 - a if gone else place_of(table, hashes[a], at[a])
+        if place < 0:
+            place = at[a] + ((turn + a) & (WAYS - 1))
+            for way in range(at[a], at[a] + WAYS):
+                if np.int64(table[way, 1]) & used < np.int64(table[place, 1]) & used:
+                    place = way
+            gone = True
+        fresh[a] = gone
+        if gone:
             row = table[place]
-            row[0] = tag
+            row[0] = tag_of(hashes[a])
             for k in range(1, 8):
                 row[k] = blank
         at[a] = place
@@ -4597,7 +4618,7 @@ def code_path(fixed, past, now, mass, coder, leaf):
     """Score or encode the path to a leaf, or decode one; returns the leaf."""
     for level in range(fixed.levels):
         now.level = level
-        if level % SLOT_LEVELS == 0:
+        if level % SLOT_LEVELS == 0 and fixed.inside[now.node] > 1:  # else nothing follows
             slots, rows, slot = past.slots, fixed.slot_rows, now.slot[level]
             now.touched += touch_rows(slots, rows, now.slot_keys, now.node, now.slot_hashes, slot)
             if level == 0:
@@ -4744,9 +4765,7 @@ class LogisticMixer(ContextModel):
             raise ValueError(f"a token outside the vocabulary of {self.vocab}")
         rows, nats = np.zeros((0, self.vocab), np.uint32), np.zeros((len(tokens), 2))
         if logs is not None:
-            if not self.state.marks["joined"][0]:
-                join_net(self.state)
-            rows = (np.exp(np.minimum(logs, 0)) * np.float32(1 << 30)).astype(np.uint32)
+            rows = self.hear(logs)
         mixer = tuple(self.fixed), tuple(self.state), self.now, self.mass
         coding = coder or Coder()
         state, buffer, mode = coding.room(len(tokens) * self.fixed.levels if coder else 0)
@@ -4755,6 +4774,12 @@ class LogisticMixer(ContextModel):
         code_tokens(mixer, ends, tokens, rows, nats)
         coding.flush()
         return nats
+
+    def hear(self, logs: np.ndarray) -> np.ndarray:
+        """The net's log-probabilities as kernels take them, in 2^-30; from now on it takes part."""
+        if not self.state.marks["joined"][0]:
+            join_net(self.state)
+        return (np.exp(np.minimum(logs, 0)) * np.float32(1 << 30)).astype(np.uint32)
 
     def text_sha256(self) -> str:
         """SHA-256 of all tokens so far, as little-endian int32."""
@@ -4920,8 +4945,8 @@ class Packer:
         """What is packed, once all is; nothing, if it was ended before it began."""
         self.wait()
         room = MESSAGE_TOKENS + 1
-        args = self.tokenizer, self.leaf, room, self.cfg.mixer_memory_mb, self.cfg.mixer_size
-        self.mixer = self.mixer or LogisticMixer(*args)
+        if not self.mixer:
+            self.mixer = new_context_model(self.cfg, self.tokenizer, self.leaf, room)
         digest = self.mixer.text_sha256()
         return PackedText(self.leaf, self.count, digest, self.coder.finish())
 
@@ -5203,13 +5228,12 @@ class Scoring:
         """What a message says of itself: nothing of it may differ where it is decoded."""
         count = min(MESSAGE_TOKENS, eval_shape(self.cfg)[0], len(self.text.tokens) - 1)
         first = self.text.tokens[: count + 1].astype("<i4").tobytes()
-        machine = machine_kind(), processor_name(), mx.__version__, compute_dtype(self.cfg)
         return {
             "artifact": file_sha256(self.path),
             "text": hashlib.sha256(first).hexdigest(),
             "tokens": count,
             "window": min(eval_shape(self.cfg)[0], len(self.text.tokens) - 1),
-            "machine": [*machine, self.workers.count, cpu_cores()],
+            "machine": [*numbers_made_by(self.cfg), self.workers.count, cpu_cores()],
         }
 
     def read_message(self) -> tuple[bytes | None, Event, str]:
@@ -5494,14 +5518,11 @@ class NetReader:
 def copy_rows(table, rows, hashes, at, fresh, first_ones, blank, copies):
     """Copy what `find_rows` would find, (n, 8), from a table that stays as it is."""
     for a in range(len(rows)):
-        if first_ones or not (fresh[a] and rows[a, 7]):
-            tag, place = np.int64(hashes[a] >> np.uint64(48)) | 1, at[a]
-            while place < at[a] + WAYS and np.int64(table[place, 0]) != tag:
-                place += 1
-            fresh[a] = place == at[a] + WAYS
+        gone = fresh[a] and rows[a, 7] and not first_ones
+        place = -1 if gone else place_of(table, hashes[a], at[a])
         for k in range(1, 8):
-            copies[a, k] = blank if fresh[a] else table[place, k]
-        at[a] = a
+            copies[a, k] = blank if place < 0 else table[place, k]
+        fresh[a], at[a] = place < 0, a
 
 
 @bare_kernel
@@ -5567,11 +5588,8 @@ class Predictor:
         """
         if not self.mixer:
             return self.net.logs
-        mixer, row, leaves = self.mixer, np.zeros(0, np.uint32), len(self.mixer.fixed.token)
-        if self.net:
-            row = (np.exp(np.minimum(self.net.logs, 0)) * np.float32(1 << 30)).astype(np.uint32)
-            if not mixer.state.marks["joined"][0]:
-                join_net(mixer.state)
+        mixer, leaves = self.mixer, len(self.mixer.fixed.token)
+        row = mixer.hear(self.net.logs) if self.net else np.zeros(0, np.uint32)
         still = mixer.state._replace(slots=np.zeros((SLOTS, 8), np.uint32),
                                      candidates=np.zeros((CANDIDATES, 8), np.uint32))  # fmt: skip
         whole = tuple(mixer.fixed), tuple(mixer.state), mixer.now, mixer.mass
@@ -5599,12 +5617,6 @@ def draw(logs: np.ndarray, temperature: float, top_p: float, rng: np.random.Gene
     total = np.cumsum(np.exp((logs - logs.max())[order] / max(temperature, 1e-3), dtype=float))
     kept = int(np.searchsorted(total, top_p * total[-1])) + 1
     return int(order[np.searchsorted(total[: kept - 1], rng.random() * total[kept - 1], "right")])
-
-
-def bytes_of_pieces(facts: Tokenizer) -> list[bytes]:
-    """What each piece adds to a text."""
-    ends = np.cumsum(facts.piece_bytes.astype(np.int64)).tolist()
-    return [facts.text[a:b] for a, b in itertools.pairwise([0, *ends])]
 
 
 class Pieces:
@@ -5744,8 +5756,7 @@ def checksum_of(chunks: Iterable[bytes]) -> tuple[int, int]:
 
 def machine_mark(cfg: Knobs) -> bytes:
     """2 bytes that are others where the net's numbers may be."""
-    facts = machine_kind(), processor_name(), mx.__version__, compute_dtype(cfg), BLAS_NAME
-    facts += cpu_cores(), *eval_shape(cfg, cfg.eval_mode)
+    facts = *numbers_made_by(cfg), BLAS_NAME, cpu_cores(), *eval_shape(cfg, cfg.eval_mode)
     return hashlib.sha256(repr(facts).encode()).digest()[:2]
 
 
@@ -5996,8 +6007,11 @@ def describe_start(
     if again:
         for line in CONFIG_LINES:
             report.line(line.format(**vars(cfg), **machine))
-    else:
-        report.event({"event": "config", **dataclasses.asdict(cfg), **machine}, *CONFIG_LINES)
+        return
+    usual = settings_of(Knobs(**{"preset": cfg.preset, **preset_values(cfg.preset)}), *KEPT_SCOPES)
+    own = [f"{n}={v}" for n, v in settings_of(cfg, *KEPT_SCOPES).items() if v != usual[n]]
+    report.event({"event": "config", **dataclasses.asdict(cfg), **machine}, *CONFIG_LINES)
+    report.line(f"settings unlike the preset's: {' '.join(own) or 'none'}")
 
 
 def activation_bytes(cfg: Knobs, vocab: int, tokens: int) -> int:

@@ -219,6 +219,13 @@ def test_lines_that_parsers_look_for(plain):
     assert "PART" not in plain.out
 
 
+def test_a_run_says_what_is_not_its_presets(plain):
+    (line,) = [x for x in plain.out.splitlines() if x.startswith("settings unlike the preset's: ")]
+    own = dict(pair.split("=") for pair in line.partition(": ")[2].split())
+    assert own["MODEL_DIM"] == "32" and own["MIXER_MEMORY_MB"] == "4"
+    assert not {"WORKERS", "MUON_MOMENTUM", "SEED"} & set(own)
+
+
 def test_records(plain, dataset):
     kinds = [event["event"] for event in plain.events]
     assert kinds == [
@@ -1130,6 +1137,20 @@ def test_a_library_that_fails_is_a_warning(train, tmp_path):
     done = train("to-nobody", **more)
     assert done.status == 0 and done.events[-1]["event"] == "final"
     assert done.err == "warning: REPORT_TO=wandb: OSError: no network here; sent no more\n"
+
+
+def test_a_library_that_does_not_finish_is_ended(dataset, home, tmp_path):
+    """Who reads the run's output waits for its end."""
+    script = edited(home / "hangs", "SENDER = SENDER.replace('alarm(30)', 'alarm(1)')")
+    finish = 'def finish(self, **more): note("finish", more)'
+    hangs = 'def finish(self): note("finishing"); import time; time.sleep(99); note("finish")'
+    assert finish in LIBRARY
+    (tmp_path / "trackio.py").write_text(LIBRARY.replace(finish, hangs) % "")
+    more = {"REPORT_TO": "trackio", "NOTES": tmp_path / "notes", "PYTHONPATH": tmp_path}
+    env = {**TINY, **NET, "DATA_PATH": dataset.path, **more}
+    done = run(home, "hanging", sys.executable, script, **env)
+    kinds = [json.loads(line)[0] for line in (tmp_path / "notes").read_text().splitlines()]
+    assert done.status == 0 and "finishing" in kinds and "finish" not in kinds
 
 
 def test_a_library_that_is_missing_is_said_at_once(train, tmp_path, monkeypatch):

@@ -313,6 +313,7 @@ def test_fineweb_comes_before_stdlib(tmp_path, monkeypatch):
     given.write_bytes(b"")
     assert t.locate_data(tiny_knobs(TOKENIZER_PATH=given))[:2] == (fineweb, given)
     assert t.locate_data(tiny_knobs(DATA_PATH=made[0], TOKENIZER_PATH=given))[0] == made[0]
+    write_shard(tmp_path / "x_val_000000.bin", range(9))
     assert t.locate_data(tiny_knobs(EVAL_ONLY="x", DATA_PATH=tmp_path))[:2] == (tmp_path, None)
 
 

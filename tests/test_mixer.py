@@ -236,8 +236,8 @@ def test_the_golden_code():
 
 GOLDEN = {
     "text": "0728adbbd3e94a61a951496f95856feee6929b769b0c920dec9a38d8069c9122",
-    "code": "5ca96efdf53144775196b30bedd7d31a8ae08c939c4489630fc8370e5b024135",
-    "weights": "b40e344431e8d996034bf05eaeebdf2e45e7a497f84d779ed677ddde0781b500",
+    "code": "0286f5ac9ee40c711f41ac9782162df409d85d35abbaaf6d5a4d53203b59b86c",
+    "weights": "c7b4788842f3ac38d007e30a62f7e984c53d1603ba481cc35e9969fb1b07ecd5",
 }
 
 

@@ -8,7 +8,6 @@ import os
 import re
 import shutil
 import signal
-import struct
 import subprocess
 import sys
 import time
@@ -270,27 +269,6 @@ def test_a_page_without_or_with_damaged_costs_says_so(tmp_path, rng, capsys):
 
 
 # ---- Report: pictures and the page
-
-
-def test_the_nets_bytes_are_split_as_its_parameters_are(tmp_path):
-    run = report.read_run(write_run(tmp_path, WHOLE))
-    assert report.net_groups(run, 100) == {"net": 100}
-    shapes = {
-        "blocks.0.attn.c_q.weight": [100, 100],
-        "blocks.1.attn.proj.weight": [100, 200],
-        "blocks.0.mlp.fc.weight": [100, 300],
-        "tok_emb": [390, 100],
-        "skips": [2, 500],
-    }
-    tensors = {name: {"shape": shape} for name, shape in shapes.items()}
-    header = json.dumps({"__metadata__": {}, **tensors})
-    raw = struct.pack("<Q", len(header)) + header.encode()
-    (tmp_path / "model.safetensors").write_bytes(raw)
-    groups = report.net_groups(run, 100)
-    assert groups == pytest.approx({"attn": 30, "mlp": 30, "tok_emb": 39, "small tensors": 1})
-    for damaged in (b"", raw[:4], raw[:40], b"\xff" * 50):
-        (tmp_path / "model.safetensors").write_bytes(damaged)
-        assert report.net_groups(run, 100) == {"net": 100}
 
 
 def drawn(monkeypatch, make):
@@ -753,5 +731,5 @@ def test_the_report_of_a_real_run(real, capsys):
     assert status == 0 and f"{run.final['val_bpb']:.4f}" in out and "SEED" in real.folder.name
     page = (real.home / "page.html").read_text()
     assert page.count("<figure>") == 6 and "No costs.npz" not in page
-    assert "small tensors" in page and run.settings()["ITERATIONS"] == "60"
+    assert "header, tokenizer, tree" in page and run.settings()["ITERATIONS"] == "60"
     assert len(run.curve("val", "val_loss")[0]) == 3

@@ -388,11 +388,15 @@ def test_a_code_is_as_long_as_its_parts_say(usual, monkeypatch):
     assert usual.there_and_back(text) == code
 
 
-def test_the_net_helps_on_its_own_machine_alone(usual, monkeypatch):
+def test_a_code_with_the_net_is_for_its_own_machine_and_windows(usual, monkeypatch):
     text = words(40, 99).encode()
     plain, with_net = (usual.there_and_back(text, WITH_NET=x) for x in (0, 1))
-    assert with_net[2] & t.NET_TOO and not plain[2] & t.NET_TOO and plain != with_net
+    assert with_net[2] & t.NET_TOO and not plain[2] & t.NET_TOO
+    head = t.TGK.size + 1  # one byte holds the number of tokens
+    assert plain[head:] != with_net[head + 2 :]  # behind the machine's mark: the net has a say
     (usual.folder / "elsewhere.tgk").write_bytes(with_net)
+    with pytest.raises(t.UserError, match="other EVAL_ settings"):
+        usual.use(usual.folder / "elsewhere.tgk", EVAL_STRIDE=3, EVAL_SEQ_LEN=8).restore()
     monkeypatch.setattr(t, "processor_name", lambda: "another")
     with pytest.raises(t.UserError, match="another machine"):
         usual.use(usual.folder / "elsewhere.tgk").restore()
@@ -522,7 +526,8 @@ def test_a_shard_takes_the_bits_that_its_score_claims(usual, tmp_path, with_net,
     assert abs(code.stat().st_size - claimed) < 20
     assert f"{score['val_bytes']:,} bytes (of a shard's text)" in capsys.readouterr().out
     if with_net:
-        assert use.coding_predictor(1, t.NET_TOO).net.stride == t.eval_shape(use.cfg, mode)[1]
+        stride = {"sliding": 8, "standard": 16}[mode]  # of windows of 16 tokens
+        assert use.coding_predictor(1, t.NET_TOO).net.stride == stride
 
 
 def test_what_only_looks_like_a_shard_comes_back(usual, tmp_path):

@@ -14,7 +14,6 @@ import json
 import math
 import re
 import shutil
-import struct
 import sys
 import textwrap
 from argparse import ArgumentParser, RawTextHelpFormatter
@@ -280,29 +279,13 @@ def curves(runs: list[Run], name: str, by_tokens: bool) -> str:
     return draw(plot, what, xlabel=xlabel, ylabel=y)
 
 
-def net_groups(run: Run, net_bytes: int) -> dict[str, float]:
-    """The net's bytes by group of tensors, split as its parameters are."""
-    try:
-        sizes: dict[str, int] = {}
-        with open(run.folder / "model.safetensors", "rb") as file:
-            header = json.loads(file.read(*struct.unpack("<Q", file.read(8))))
-        for name in sorted(header.keys() - {"__metadata__"}):
-            size = math.prod(header[name]["shape"])
-            group = re.sub(r"^blocks\.\d+\.(attn|mlp)\..*", r"\1", name)
-            group = group if size > 5000 else "small tensors"
-            sizes[group] = sizes.get(group, 0) + size
-    except Exception:  # whatever is not as it should be in it
-        return {"net": net_bytes}
-    return {name: net_bytes * n / sum(sizes.values()) for name, n in sizes.items()}
-
-
 def bytes_picture(runs: list[Run]) -> str:
     """Where the bytes of each artifact go."""
     parts: list[dict[str, float]] = []
     for run in runs:
         made = run.last("export", "final")
         net = made["model_bytes"] - made["packed_bytes"]
-        groups = made.get("group_bytes") or net_groups(run, net)
+        groups = made.get("group_bytes", {"net": net})
         parts.append({"code": made["code_bytes"], **groups, "packed text": made["packed_bytes"],
                       "left": made["limit_bytes"] - made["total_bytes"]})  # fmt: skip
     names = dict.fromkeys(name for part in parts for name in part if name != "left")
@@ -318,7 +301,7 @@ def bytes_picture(runs: list[Run]) -> str:
         axes.figure.legend(loc="outside upper left", ncols=6)
         axes.figure.set_figwidth(11.4)
 
-    return draw(bars, "The net's unrecorded bytes are split as its parameters.", xlabel="bytes")
+    return draw(bars, "", xlabel="bytes")
 
 
 def cost_pictures(costs: Costs) -> str:
