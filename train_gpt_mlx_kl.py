@@ -500,8 +500,8 @@ def knobs_from_env(
             has = getattr(cfg, need.lower())
             warnings.append(f"{field.name.upper()} has no effect with {need}={has}")
     problems += unknown + check_together(cfg)
-    if problems:
-        raise UserError("\n".join(problems))
+    if problems:  # a warning may name their cause
+        raise UserError("\n".join(problems + warnings))
     return cfg, warnings
 
 
@@ -1333,10 +1333,14 @@ FINAL_LINE = (
     "val_bpb {val_bpb:.4f} (net {val_bpb_net:.4f}, contexts {val_bpb_context:.4f}; "
     "audit: {audit}){part}"
 )
-SUMMARY = """
+FINAL_LINE_OF_NET = "val_bpb {val_bpb:.4f} (net alone; audit: {audit}){part}"  # MIXER=off
+SUMMARY_OF_BOTH = """
   bits per byte      {val_bpb:.4f}  the score: net and context models together
     net alone        {val_bpb_net:.4f}
-    contexts alone   {val_bpb_context:.4f}
+    contexts alone   {val_bpb_context:.4f}"""
+SUMMARY_OF_NET = """
+  bits per byte      {val_bpb:.4f}  the score: the net, without context models"""
+SUMMARY = """
   text               {val_tokens:,} tokens, {val_bytes:,} bytes{part}
   size               {total_bytes:,} of {limit_bytes:,} bytes
     script           {code_bytes:,}
@@ -3481,6 +3485,13 @@ class ContextModel:
         """
         return np.repeat(net_nats(tokens, logs)[:, None], 3, axis=1)
 
+    def weigh_experts(self) -> None:
+        """From now on, add up what each expert is worth."""
+
+    def worth(self) -> dict[str, float]:
+        """Nats that the mix would have cost more without the net, or an expert, by its name."""
+        return {}
+
     def save(self) -> tuple[np.ndarray, ...]:
         """A copy of the state."""
         return tuple(array.copy() for array in self.state)
@@ -3868,6 +3879,8 @@ MATCH_INPUT, CANDIDATE_INPUT, SLOT_INPUT, INPUTS = itertools.accumulate(
 MATCH_MAP, CANDIDATE_MAP, SLOT_MAP, MAP_CELLS = itertools.accumulate(
     (kind[2] for kind in KINDS), initial=0
 )
+# The first input of the net, the bias and each expert, and where the last one's inputs end.
+FIRST_INPUT = np.cumsum([0, 1, 1] + [kind[1] // kind[0] for kind in KINDS for _ in range(kind[0])])
 LANES = 16  # inputs are padded to so many, for vector instructions
 WIDTH = -(-INPUTS // LANES) * LANES
 SETS = 9  # weight sets, see `choose_rows`
@@ -3897,9 +3910,11 @@ WORK = np.dtype([  # `now`: first what is known of a token, then of one of its d
     ("set_rows", np.int64, (LEVELS_MOST, SETS)),  # the row of `weights` of each weight set
     ("apm_rows", np.int64, (LEVELS_MOST, 2)),  # the rows of `apm` that refine the mixed logit
     ("apm_column", np.int64, (LEVELS_MOST, 2)),  # the column that learns, per judge
-    ("products", np.float32, WIDTH),
+    ("products", np.float32, WIDTH),  # of the last judge's inputs and weights
     ("mixed", np.float32, 2),  # mixed logit per judge, within 11.9 of 0
     ("p", np.int64, 3),  # probability of a 1 in 65,536ths, per judge; the last is coded
+    ("weighs", np.int64),  # whether to add up what experts are worth: see `weigh_experts`
+    ("worth", np.float64, 2 + EXPERTS),  # nats so far: of the net, the bias and each expert
 ])  # fmt: skip
 
 # --------------------------------------------------------------------------------------------------
@@ -4195,12 +4210,8 @@ def first_slot_maps(slots: int) -> np.ndarray:
 def slot_inputs(fixed, past, now):
     """Write three inputs per expert: the cell's logit, that of the map for cells with such a logit
     and these last bits, and the cell's correction."""
-    x, slot, maps, map_at = (
-        now.inputs[0],
-        now.slot[now.top],
-        past.maps[now.level],
-        now.map_at[now.level],
-    )
+    x, slot = now.inputs[0], now.slot[now.top]
+    maps, map_at = past.maps[now.level], now.map_at[now.level]
     now.seen = 0
     for a in range(len(fixed.slot_rows)):
         cell = np.int64(past.slots[slot[a], now.cell_at])
@@ -4600,10 +4611,27 @@ def learn_trust(past, now, bit):
 
 
 @bare_kernel
+def weigh_experts(fixed, now, bit):
+    """Add up what the bit would cost the last judge's mix more, were one expert silent here.
+
+    The other weights stay as they are, so the worth of experts that say the same is understated.
+    """
+    sign, mixed = 1 - 2 * bit, np.float64(now.mixed[now.judges - 1])
+    cost = math.log1p(math.exp(sign * mixed))
+    for e in range(2 + FIRST_SLOT + len(fixed.slot_rows)):
+        silent = mixed
+        for j in range(FIRST_INPUT[e], FIRST_INPUT[e + 1]):
+            silent -= now.products[j]
+        now.worth[e] += math.log1p(math.exp(sign * silent)) - cost
+
+
+@bare_kernel
 def learn_bit(fixed, past, now, bit):
     """Charge the bit, which is coded by now, and learn from it."""
     for k in range(3):
         now.cost[k] -= math.log((now.p[k] if bit else 65536 - now.p[k]) / 65536)
+    if now.weighs:
+        weigh_experts(fixed, now, bit)
     if now.judges == 2:
         learn_trust(past, now, bit)
     for judge in range(now.judges):
@@ -4774,6 +4802,16 @@ class LogisticMixer(ContextModel):
         code_tokens(mixer, ends, tokens, rows, nats)
         coding.flush()
         return nats
+
+    def weigh_experts(self) -> None:
+        self.now["weighs"], self.now["worth"] = 1, 0
+
+    def worth(self) -> dict[str, float]:
+        slots = SLOT_CONTEXTS[: len(self.fixed.slot_rows)]
+        names = ["net", "bias", "match", *(c.name for c in (*CANDIDATE_CONTEXTS, *slots))]
+        worth = dict(zip(names, self.now["worth"][0].tolist(), strict=False))
+        del worth["bias"]
+        return worth
 
     def hear(self, logs: np.ndarray) -> np.ndarray:
         """The net's log-probabilities as kernels take them, in 2^-30; from now on it takes part."""
@@ -5339,14 +5377,16 @@ class Scoring:
         context_model = self.prime()
         primed = time.perf_counter()
         context_model.begin(int(self.text.tokens[0]))
+        context_model.weigh_experts()
         known, rows, nats, line = self.message_costs(context_model, mode)
         show = show_progress(f"eval {mode}{self.text.part}")
         with contextlib.closing(ahead(rows)) as rest:
             costs = itertools.chain([(0, nats)], cost_tokens(rest, known, context_model))
             result = total_score(self.kept(costs), self.text, self.artifact.tokenizer, show)
-        seconds = time.perf_counter() - primed
+        seconds, size = time.perf_counter() - primed, result["val_bytes"]
+        worth = {name: bits_per_byte(n, size) for name, n in context_model.worth().items()}
         return {**result, "mode": mode, "mixer": self.cfg.mixer, "prime_seconds": primed - begin,
-                "eval_time_ms": 1000 * seconds}, line  # fmt: skip
+                "eval_time_ms": 1000 * seconds, "experts": worth}, line  # fmt: skip
 
 
 # ==================================================================================================
@@ -5896,18 +5936,15 @@ class Use:
         else:
             facts, tokens, what, than = self.artifact.tokenizer, parts[0], "of a shard's text", ""
             size = int(facts.bytes_of(tokens[:-1], tokens[1:]).sum())
-        bits = 8 * len(out) / max(size, 1)
-        say(f"{path}: {size:,} bytes ({what}) -> {len(out):,} ({bits:.3f} bits per byte{than}), "
+        bits = f"{8 * len(out) / size:.3f} bits per byte" if size else "all of it this code's head"
+        say(f"{path}: {size:,} bytes ({what}) -> {len(out):,} ({bits}{than}), "
             f"{speed:,.0f} tokens/s: {target}")  # fmt: skip
 
     def encode(self, parts: list[np.ndarray], flags: int) -> tuple[bytes, float]:
         """Tokens in parts -> (their arithmetic code, tokens per second)."""
         count, done = sum(map(len, parts)), 0
-        predictor, coder, show = (
-            self.coding_predictor(count, flags),
-            Coder(),
-            show_progress("coding"),
-        )
+        predictor, coder = self.coding_predictor(count, flags), Coder()
+        show = show_progress("coding")
         begin = time.perf_counter()
         for part in parts:
             for at in range(0, len(part), PACK_CHUNK):
@@ -6442,12 +6479,15 @@ def report_score(
     seconds = sum(e["eval_time_ms"] / 1000 + e["prime_seconds"] for e in evals)
     final = {**final, **evals[-1], "event": "final", "audit": label, "eval_seconds": seconds,
              "message": scoring.message}  # fmt: skip
-    report.event({**final, "peak_memory_bytes": peak_memory()}, FINAL_LINE)
+    last, scores = FINAL_LINE, SUMMARY_OF_BOTH
+    if cfg.mixer == "off":
+        last, scores = FINAL_LINE_OF_NET, SUMMARY_OF_NET
+    report.event({**final, "peak_memory_bytes": peak_memory()}, last)
     if unwritten := scoring.write_costs(report.folder / "costs.npz"):
         report.line(f"warning: {unwritten}")
     rest = final["model_bytes"] - final["packed_bytes"]
-    for line in SUMMARY.format(**{**final, "net_bytes": rest, "folder": report.folder},
-                               part=part_of_text(final)).split("\n"):  # fmt: skip
+    facts = {**final, "net_bytes": rest, "folder": report.folder, "part": part_of_text(final)}
+    for line in (scores + SUMMARY).format(**facts).split("\n"):
         report.line(line)
     report.line(f"next: python tools/report.py {report.folder}")
 

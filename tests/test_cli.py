@@ -46,7 +46,7 @@ FLEETING |= {
 }
 # What a score is.
 SCORED = ["val_bpb", "val_loss", "val_bpb_net", "val_bpb_context", "val_tokens", "val_bytes"]
-SCORED += ["model_bytes", "audit", "mixer"]
+SCORED += ["model_bytes", "audit", "mixer", "experts"]
 
 
 @pytest.fixture(scope="session")
@@ -263,6 +263,9 @@ def test_records(plain, dataset):
         record["val_bpb"],
         record["val_loss"] * record["val_tokens"] / record["val_bytes"] / math.log(2),
     )
+    of_size = [c.name for c in t.SLOT_CONTEXTS if c.size in ("small", "medium")]
+    assert list(record["experts"]) == ["net", "match", "candidates, order 4", *of_size]
+    assert 0.001 < record["experts"]["order 1"] < 1
     losses = [event["train_loss"] for event in plain.events if event["event"] == "train"]
     assert losses[-1] < losses[0]
 
@@ -436,7 +439,9 @@ def test_the_mixer_can_be_switched_off_in_two_ways(env, plain, main, capsys, tmp
     assert (record["mixer"], record["audit"]) == ("off", "pass")
     assert (record["packed_bytes"], record["packed_tokens"]) == (0, 0)
     assert record["val_bpb"] == record["val_bpb_net"] == final(plain)["val_bpb_net"]
-    assert record["val_bpb_context"] == record["val_bpb"]
+    assert record["val_bpb_context"] == record["val_bpb"] and record["experts"] == {}
+    assert f"val_bpb {record['val_bpb']:.4f} (net alone; audit: pass)" in shown
+    assert "contexts alone" not in shown and "without context models" in shown
     for name in ("MIXER_MEMORY_MB", "PACK_TEXT_BYTES"):
         assert f"warning: {name} has no effect with MIXER=off" in shown
     assert ("warning: MIXER=logistic has no effect" in shown) == ("NGRAM_MIXER_ENABLED" in env)

@@ -127,7 +127,7 @@ def test_help_is_light_and_complete():
 def test_all_problems_at_once():
     bad = """SEED=x NUM_LAYERS=0 EVAL_MODE=fast MLX_EAGER_EVAL=yes MATRIX_LR=nan BETA1=1.5
     SKIPGRAM_HASH_SIZE=65537 TTT_LR=1 SWA_DECAY=0.9 TIE_EMBEDDINGS=0 RUN_ID=../x NUM_HEADS=7
-    TRAIN_MAX_SEQ_LEN=1 COMPLEMENT_BY=contexts"""
+    TRAIN_MAX_SEQ_LEN=1 COMPLEMENT_BY=contexts BATCH_SIZE=9"""
     bad = dict(pair.split("=") for pair in bad.split())
     process, lines, modules = start(**bad)
     assert process.returncode == 2

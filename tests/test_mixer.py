@@ -1,5 +1,6 @@
 """The logistic mixer: its coder, a slow second version of it, its tables, its tree, its packer."""
 
+import collections
 import dataclasses
 import decimal
 import functools
@@ -372,7 +373,7 @@ class Slow:
         self.slots, self.candidates, self.repeats, self.known = {}, {}, {}, set()
         self.history, self.start, self.pieces = [], 0, [(), ()]
         self.words = [b"", b"", b"", b""]  # see Context.words
-        self.match, self.length = 0, 0
+        self.match, self.length, self.worth = 0, 0, collections.Counter()
         inside = {(leaf | self.leaves) >> up for leaf in self.leaf for up in range(self.levels)}
         self.decisions = [n for n in range(1, self.leaves) if {2 * n, 2 * n + 1} <= inside]
 
@@ -507,6 +508,8 @@ class Slow:
                     share //= self.mass(row, node, level)
                     x[0] = STRETCH[min(share, 4095)]
                 mixed = product(self.weights[judge][sets], x)
+                if judge == self.with_net:
+                    self.weigh(self.weights[judge][sets], x, mixed, bit)
                 p, rows, column = self.refine(judge, node, mixed)
                 ps.append(p)
                 error = F(bit * 65536 - chance(mixed)) * F(1 / 65536)
@@ -531,6 +534,19 @@ class Slow:
             node = 2 * node + bit
         self.learn(token)
         return nats
+
+    def weigh(self, weights, x, mixed, bit):
+        """Nats that the bit would cost the mix more without the inputs of an expert."""
+        names = ["net", "bias", "match", *(c.name for c in t.CANDIDATE_CONTEXTS)]
+        names += [c.name for c in self.contexts for _ in range(3)]
+
+        def cost(logit):
+            return -math.log(1 / (1 + math.exp(-logit if bit else logit)))
+
+        for name in set(names):
+            its = [j for j, other in enumerate(names) if other == name]
+            said = float((weights[:, its].astype(float) * x[its]).sum())
+            self.worth[name] += cost(float(mixed) - said) - cost(float(mixed))
 
     def trusted(self, level, p0, p1, bit):
         """What the judges make of a decision together, in 65,536ths; then Bayes' rule."""
@@ -595,11 +611,14 @@ def test_the_slow_version_agrees(vocab, size, joins, experts):
     """The net takes part from token `joins` on, as after priming."""
     text, logs = some_text(size, vocab, seed=8), rows(size, vocab)
     fast, slow = mixer(vocab, size, 64, experts), Slow(vocab, 64, experts)
-    parts = [fast.code(text[:joins]), fast.code(text[joins:], logs[joins:])]
+    parts = [fast.code(text[:joins]), None]
+    fast.weigh_experts()
+    parts[1] = fast.code(text[joins:], logs[joins:])
     net, want = (np.exp(np.minimum(logs, 0)) * F(1 << 30)).astype(np.uint32), []
     for i, v in enumerate(text.tolist()):
         if i == joins:
             slow.join()
+            slow.worth.clear()
         want.append(slow.code(v, net[i] if i >= joins else None))
     assert np.abs(np.concatenate(parts) - np.array(want)).max() < 1e-9
     for name in ("weights", "visits", "maps"):
@@ -607,6 +626,10 @@ def test_the_slow_version_agrees(vocab, size, joins, experts):
         if joins == size and name != "maps":
             mine, its = mine[0], its[0]
         assert (mine == its).all(), name
+    del slow.worth["bias"]
+    if joins < size:
+        assert fast.worth() == pytest.approx(slow.worth, abs=1e-4)
+        assert max(map(abs, slow.worth.values())) > 1
     assert vocab > size or len(slow.repeats) < size - 6  # some passages came back
 
 

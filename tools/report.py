@@ -405,7 +405,7 @@ def run_section(run: Run, opened: bool) -> str:
     experts = run.last("final").get("experts") or run.last("eval").get("experts")
     pictures = cost_pictures(costs) if costs else ""
     if experts:
-        names, unit = sorted(experts, key=experts.get)[::-1], "BPB lost without it, thousandths"
+        names, unit = sorted(experts, key=experts.get)[::-1], "BPB more if silent, thousandths"
         lost = [1000 * experts[name] for name in names]
         pictures += draw(lambda axes: axes.barh(names, lost), "Experts' worth.", xlabel=unit)
     text = f'<p class="small">{html.escape(sentence)}</p><div class="grid">{pictures}</div>'

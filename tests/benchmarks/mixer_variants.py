@@ -106,7 +106,7 @@ def main() -> None:
     parser.add_argument("names", nargs="*", help=f"of {', '.join(table)}")
     parser.add_argument("--tokens", default="2e6")
     parser.add_argument("--val", type=int, default=200_000, help="of the validation text; 0: all")
-    args = parser.parse_args()
+    args = parser.parse_intermixed_args()
     for name in args.names or table:
         size, changes = table[name]
         module = load(text, changes)
