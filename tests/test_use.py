@@ -117,6 +117,27 @@ def test_a_mixer_at_rest_is_nearly_the_mixer_that_scores(with_net):
     assert np.corrcoef(np.log(p), np.log(true))[0, 1] > 0.999
 
 
+@pytest.mark.parametrize("first_ones", [False, True])
+def test_a_copy_of_rows_is_what_scoring_would_find(first_ones):
+    """Also of a sparse context's key, new above, whose row here has outlived the one above."""
+    rng, n, blank = np.random.default_rng(3), 60, 7
+    table = rng.integers(0, 1 << 32, (4 * n + n, 8), np.uint32)  # the last n: of what is not kept
+    hashes = rng.integers(0, 1 << 63, n).astype(np.uint64) << np.uint64(1)
+    first, there = 4 * np.arange(n), rng.integers(0, 2, n).astype(bool)
+    table[first + rng.integers(0, 4, n), 0] = np.where(there, hashes >> np.uint64(48) | 1, 0)
+    rows, fresh = np.zeros((n, 8), np.int64), rng.integers(0, 2, n)
+    rows[:, 7] = rng.integers(0, 2, n)  # sparse
+
+    scoring, at, new = table.copy(), first.copy(), fresh.copy()
+    t.find_rows.part(scoring, rows, hashes, at, new, first_ones, 15 << 16, blank, 1)
+    copies, at_copy, new_copy = np.zeros((n, 8), np.uint32), first.copy(), fresh.copy()
+    before = table.copy()
+    t.copy_rows.part(table, rows, hashes, at_copy, new_copy, first_ones, blank, copies)
+    assert (copies[:, 1:] == scoring[at, 1:]).all() and (new == new_copy).all()
+    assert (table == before).all() and (at_copy == np.arange(n)).all()
+    assert 5 < (copies[:, 1:] == blank).all(axis=1).sum() < n - 5
+
+
 def test_reading_the_tree_leaves_the_mixers_code_as_it_is():
     mixer, _, text = mixer_and_net()
     other, _, _ = mixer_and_net()
