@@ -485,7 +485,8 @@ def knobs_from_env(
     """
     aliases = {f.name.upper(): f.metadata["alias"] for f in dataclasses.fields(Knobs)}
     kept_here = {n: v for n, v in (kept or {}).items() if not env.get(aliases.get(n, ""))}
-    (given, problems), (unknown, warnings) = parse_env({**kept_here, **env}), check_names(env)
+    (given, problems), (unknown, misspelt) = parse_env({**kept_here, **env}), check_names(env)
+    warnings = [*misspelt]
     preset = given.pop("preset", "auto")
     if preset == "auto":
         preset = "cpu" if guess_device(given.get("device", "auto")) == "cpu" else "mac"
@@ -500,8 +501,8 @@ def knobs_from_env(
             has = getattr(cfg, need.lower())
             warnings.append(f"{field.name.upper()} has no effect with {need}={has}")
     problems += unknown + check_together(cfg)
-    if problems:  # a warning may name their cause
-        raise UserError("\n".join(problems + warnings))
+    if problems:  # a misspelling may be their cause
+        raise UserError("\n".join(problems + misspelt))
     return cfg, warnings
 
 
@@ -890,7 +891,8 @@ def compute_dtype(cfg: Knobs) -> str:
 
 def numbers_made_by(cfg: Knobs) -> tuple[str, ...]:
     """Where the net's last bits come from: with other facts they may be others."""
-    return machine_kind(), processor_name(), mx.__version__, compute_dtype(cfg)
+    blas, cores = Path(BLAS_NAME).name, str(cpu_cores())
+    return machine_kind(), processor_name(), mx.__version__, compute_dtype(cfg), blas, cores
 
 
 # ==================================================================================================
@@ -1052,8 +1054,9 @@ def find_shards(folder: Path, split: str) -> list[Path]:
     """Sorted shards of a split. Raises UserError if there are none."""
     paths = sorted(folder.glob(f"*_{split}_*.bin"))
     if not paths:
-        raise UserError(f"DATA_PATH={folder}: holds no *_{split}_*.bin: make such shards of a "
-                        "text by data/prepare.py text PATH")  # fmt: skip
+        raise UserError(f"DATA_PATH={folder}: holds no *_{split}_*.bin: make such shards of a text "
+                        "by data/prepare.py text PATH, or get FineWeb's by data/prepare.py "
+                        "fineweb")  # fmt: skip
     for path in paths:
         if "_train_" in path.name and "_val_" in path.name:
             raise UserError(f"{path}: a shard of training or of validation text? rename it")
@@ -1497,8 +1500,17 @@ def last_record(folder: Path | None, *kinds: str) -> Event:
 # What REPORT_TO runs beside a run: it sends what metrics.jsonl gets, until the run ends. So
 # the run waits for no network, and whatever the library does cannot end it.
 SENDER = """
-import importlib, json, math, os, signal, sys, time
+import importlib, json, math, os, sys, threading, time
 library, log, name, at, parent = *sys.argv[1:4], int(sys.argv[4]), int(sys.argv[5])
+def warn(reason):
+    print(f"warning: REPORT_TO={library}: {reason}; sent no more", file=sys.stderr, flush=True)
+def end():  # whatever hangs: who reads the run's output waits for it
+    while os.getppid() == parent:
+        time.sleep(0.5)
+    time.sleep(30)
+    warn("not done 30 seconds after the run")
+    os._exit(1)
+threading.Thread(target=end, daemon=True).start()
 try:
     os.nice(10)
     config = [r for r in map(json.loads, open(log)) if r["event"] == "config"][-1:]
@@ -1522,11 +1534,9 @@ try:
                 run.log({**values, "step": step}) if more else run.log(values, step=step)
         at += len(whole) + bool(whole)
         time.sleep(0.5 * alive)
-    signal.alarm(30)  # then it is killed: who reads the run's output waits for it
     run.finish(**({"exit_code": status} if more else {}))
 except BaseException as error:
-    reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-    print(f"warning: REPORT_TO={library}: {reason}; sent no more", file=sys.stderr)
+    warn(" ".join(f"{type(error).__name__}: {error}".split())[:300])
 """
 
 
@@ -2417,7 +2427,7 @@ def decompress(path: Path, model: bytes) -> bytes:
 
 
 def pack_tensors(params: Arrays, groups: dict[str, Group], cfg: Knobs) -> tuple[list, list[bytes]]:
-    """Parameters -> (a JSON row a tensor: name, shape, bits; their bytes in that order)."""
+    """Parameters -> (a JSON row per tensor: name, shape, bits; the bytes of each)."""
     rows, blobs = [], []
     for name, p in params.items():
         bits = getattr(cfg, groups[name].bits) if groups[name].bits else 0
@@ -2427,7 +2437,7 @@ def pack_tensors(params: Arrays, groups: dict[str, Group], cfg: Knobs) -> tuple[
             stored = codes.astype(mx.int8), scale.astype(mx.bfloat16).view(mx.uint16)
         else:
             stored = (p.astype(mx.float32),)
-        blobs += [np.array(a).tobytes() for a in stored]
+        blobs.append(b"".join(np.array(a).tobytes() for a in stored))
     return rows, blobs
 
 
@@ -2490,11 +2500,13 @@ class Artifact:
     packed: PackedText | None
 
 
-def serialise(artifact: Artifact, groups: dict[str, Group], cfg: Knobs) -> bytes:
-    """The model before compression: JSON header, byte table, the mixer's tree, tensors."""
-    tokenizer, packed = artifact.tokenizer, artifact.packed
-    rows, blobs = pack_tensors(artifact.params, groups, cfg)
-    header = {**artifact.header, "knobs": settings_of(cfg, *KEPT_SCOPES), "tensors": rows}
+def head_bytes(
+    tokenizer: Tokenizer, packed: PackedText | None, overlap: tuple[int, int], rows: list,
+    cfg: Knobs,
+) -> bytes:  # fmt: skip
+    """What stands before the tensors: JSON header, byte table, the mixer's tree."""
+    header = {"knobs": settings_of(cfg, *KEPT_SCOPES), "tensors": rows}
+    header |= {"overlap": overlap} if overlap[0] else {}
     header |= {"packed": [packed.token_count, packed.sha256]} if packed else {}
     facts = ("sha256", "bos", "vocab", "dummy_prefix")
     header["tokenizer"] = {name: getattr(tokenizer, name) for name in facts}
@@ -2504,17 +2516,17 @@ def serialise(artifact: Artifact, groups: dict[str, Group], cfg: Knobs) -> bytes
     tables = [tokenizer.piece_bytes.astype("<u2"), flags]
     tables += [np.frombuffer(tokenizer.text, np.uint8)]
     tables += [packed.leaf.astype("<u2")] if packed else []
-    return b"".join([struct.pack("<I", len(text)), text, *(a.tobytes() for a in tables), *blobs])
+    return b"".join([struct.pack("<I", len(text)), text, *(a.tobytes() for a in tables)])
 
 
-def group_bytes(artifact: Artifact, groups: dict[str, Group], cfg: Knobs, net: int) -> Event:
-    """The net's bytes by group, split as zlib (brotli is slow) compresses each alone."""
-    rest = serialise(dataclasses.replace(artifact, params={}), groups, cfg)
-    alone = {"header, tokenizer, tree": len(zlib.compress(rest))}
-    for group in GROUPS:
-        own = {name: p for name, p in artifact.params.items() if groups[name] is group}
-        if own:
-            alone[group.name] = len(zlib.compress(b"".join(pack_tensors(own, groups, cfg)[1])))
+def group_bytes(
+    head: bytes, rows: list, blobs: list[bytes], groups: dict[str, Group], net: int
+) -> dict[str, int]:
+    """The bytes of a compressed net by group, split as zlib (brotli is slow) compresses each."""
+    parts = {"header, tokenizer, tree": bytearray(head)}
+    for (name, *_), blob in zip(rows, blobs, strict=True):
+        parts.setdefault(groups[name].name, bytearray()).extend(blob)
+    alone = {name: len(zlib.compress(raw)) for name, raw in parts.items()}
     ends = [round(net * n / sum(alone.values())) for n in itertools.accumulate(alone.values())]
     return dict(zip(alone, np.diff([0, *ends]).tolist(), strict=True))
 
@@ -2527,8 +2539,9 @@ def write_artifact(
 
     overlap: see `shared_documents`.
     """
-    artifact = Artifact({"overlap": overlap} if overlap[0] else {}, tokenizer, params, packed)
-    model, compressor = compress(serialise(artifact, groups, cfg))
+    rows, blobs = pack_tensors(params, groups, cfg)
+    head = head_bytes(tokenizer, packed, overlap, rows, cfg)
+    model, compressor = compress(b"".join([head, *blobs]))
     body = model + (packed.code if packed else b"")
     check_size(len(source()) + PREFIX.size + len(body), params, "the artifact")
     digest = checksum(FORMAT_VERSION, len(model), body)
@@ -2536,11 +2549,8 @@ def write_artifact(
         part.write_bytes(PREFIX.pack(MAGIC, FORMAT_VERSION, digest, len(model)) + body)
     event = export_event(path, params, packed)
     net = event["model_bytes"] - event["packed_bytes"]
-    return {
-        **event,
-        "compressor": compressor,
-        "group_bytes": group_bytes(artifact, groups, cfg, net),
-    }
+    sizes = group_bytes(head, rows, blobs, groups, net)
+    return {**event, "compressor": compressor, "group_bytes": sizes}
 
 
 def export_event(path: Path, params: Arrays, packed: PackedText | None) -> Event:
@@ -3485,11 +3495,11 @@ class ContextModel:
         """
         return np.repeat(net_nats(tokens, logs)[:, None], 3, axis=1)
 
-    def weigh_experts(self) -> None:
+    def start_weighing(self) -> None:
         """From now on, add up what each expert is worth."""
 
     def worth(self) -> dict[str, float]:
-        """Nats that the mix would have cost more without the net, or an expert, by its name."""
+        """Nats since then by name, of the net and experts that are mixed: see `weigh_experts`."""
         return {}
 
     def save(self) -> tuple[np.ndarray, ...]:
@@ -4140,16 +4150,16 @@ def find_rows(table, rows, hashes, at, fresh, first_ones, used, blank, turn):
     turn: which of the least used rows goes.
     """
     for a in range(len(rows)):
-        gone = fresh[a] and rows[a, 7] and not first_ones
-        place = len(table) - 1 - a if gone else place_of(table, hashes[a], at[a])
+        new = fresh[a] and rows[a, 7] and not first_ones
+        place = len(table) - 1 - a if new else place_of(table, hashes[a], at[a])
         if place < 0:
             place = at[a] + ((turn + a) & (WAYS - 1))
             for way in range(at[a], at[a] + WAYS):
                 if np.int64(table[way, 1]) & used < np.int64(table[place, 1]) & used:
                     place = way
-            gone = True
-        fresh[a] = gone
-        if gone:
+            new = True
+        fresh[a] = new
+        if new:
             row = table[place]
             row[0] = tag_of(hashes[a])
             for k in range(1, 8):
@@ -4614,15 +4624,20 @@ def learn_trust(past, now, bit):
 def weigh_experts(fixed, now, bit):
     """Add up what the bit would cost the last judge's mix more, were one expert silent here.
 
-    The other weights stay as they are, so the worth of experts that say the same is understated.
+    That is before the mix is refined, and before judge 1's is averaged with judge 0's. The other
+    weights stay as they are, so the worth of experts that say the same is understated.
     """
-    sign, mixed = 1 - 2 * bit, np.float64(now.mixed[now.judges - 1])
-    cost = math.log1p(math.exp(sign * mixed))
+    sign, mixed = 1 - 2 * bit, np.float64(0)
+    for j in range(len(now.products)):
+        mixed += now.products[j]
+    cost = math.log1p(math.exp(sign * min(max(mixed, -11.9), 11.9)))
     for e in range(2 + FIRST_SLOT + len(fixed.slot_rows)):
-        silent = mixed
+        said = np.float64(0)
         for j in range(FIRST_INPUT[e], FIRST_INPUT[e + 1]):
-            silent -= now.products[j]
-        now.worth[e] += math.log1p(math.exp(sign * silent)) - cost
+            said += now.products[j]
+        if said:
+            silent = min(max(mixed - said, -11.9), 11.9)
+            now.worth[e] += math.log1p(math.exp(sign * silent)) - cost
 
 
 @bare_kernel
@@ -4646,7 +4661,7 @@ def code_path(fixed, past, now, mass, coder, leaf):
     """Score or encode the path to a leaf, or decode one; returns the leaf."""
     for level in range(fixed.levels):
         now.level = level
-        if level % SLOT_LEVELS == 0 and fixed.inside[now.node] > 1:  # else nothing follows
+        if level % SLOT_LEVELS == 0 and fixed.inside[now.node] > 1:
             slots, rows, slot = past.slots, fixed.slot_rows, now.slot[level]
             now.touched += touch_rows(slots, rows, now.slot_keys, now.node, now.slot_hashes, slot)
             if level == 0:
@@ -4803,15 +4818,14 @@ class LogisticMixer(ContextModel):
         coding.flush()
         return nats
 
-    def weigh_experts(self) -> None:
+    def start_weighing(self) -> None:
         self.now["weighs"], self.now["worth"] = 1, 0
 
     def worth(self) -> dict[str, float]:
         slots = SLOT_CONTEXTS[: len(self.fixed.slot_rows)]
         names = ["net", "bias", "match", *(c.name for c in (*CANDIDATE_CONTEXTS, *slots))]
-        worth = dict(zip(names, self.now["worth"][0].tolist(), strict=False))
-        del worth["bias"]
-        return worth
+        nats = self.now["worth"][0, : 2 + FIRST_SLOT + len(slots)].tolist()
+        return {name: n for name, n in zip(names, nats, strict=True) if name != "bias"}
 
     def hear(self, logs: np.ndarray) -> np.ndarray:
         """The net's log-probabilities as kernels take them, in 2^-30; from now on it takes part."""
@@ -5271,7 +5285,7 @@ class Scoring:
             "text": hashlib.sha256(first).hexdigest(),
             "tokens": count,
             "window": min(eval_shape(self.cfg)[0], len(self.text.tokens) - 1),
-            "machine": [*numbers_made_by(self.cfg), self.workers.count, cpu_cores()],
+            "machine": [*numbers_made_by(self.cfg), self.workers.count],
         }
 
     def read_message(self) -> tuple[bytes | None, Event, str]:
@@ -5377,7 +5391,7 @@ class Scoring:
         context_model = self.prime()
         primed = time.perf_counter()
         context_model.begin(int(self.text.tokens[0]))
-        context_model.weigh_experts()
+        context_model.start_weighing()
         known, rows, nats, line = self.message_costs(context_model, mode)
         show = show_progress(f"eval {mode}{self.text.part}")
         with contextlib.closing(ahead(rows)) as rest:
@@ -5558,8 +5572,8 @@ class NetReader:
 def copy_rows(table, rows, hashes, at, fresh, first_ones, blank, copies):
     """Copy what `find_rows` would find, (n, 8), from a table that stays as it is."""
     for a in range(len(rows)):
-        gone = fresh[a] and rows[a, 7] and not first_ones
-        place = -1 if gone else place_of(table, hashes[a], at[a])
+        new = fresh[a] and rows[a, 7] and not first_ones
+        place = -1 if new else place_of(table, hashes[a], at[a])
         for k in range(1, 8):
             copies[a, k] = blank if place < 0 else table[place, k]
         fresh[a], at[a] = place < 0, a
@@ -5796,7 +5810,7 @@ def checksum_of(chunks: Iterable[bytes]) -> tuple[int, int]:
 
 def machine_mark(cfg: Knobs) -> bytes:
     """2 bytes that are others where the net's numbers may be."""
-    facts = *numbers_made_by(cfg), BLAS_NAME, cpu_cores(), *eval_shape(cfg, cfg.eval_mode)
+    facts = *numbers_made_by(cfg), *eval_shape(cfg, cfg.eval_mode)
     return hashlib.sha256(repr(facts).encode()).digest()[:2]
 
 
@@ -6044,11 +6058,8 @@ def describe_start(
     if again:
         for line in CONFIG_LINES:
             report.line(line.format(**vars(cfg), **machine))
-        return
-    usual = settings_of(Knobs(**{"preset": cfg.preset, **preset_values(cfg.preset)}), *KEPT_SCOPES)
-    own = [f"{n}={v}" for n, v in settings_of(cfg, *KEPT_SCOPES).items() if v != usual[n]]
-    report.event({"event": "config", **dataclasses.asdict(cfg), **machine}, *CONFIG_LINES)
-    report.line(f"settings unlike the preset's: {' '.join(own) or 'none'}")
+    else:
+        report.event({"event": "config", **dataclasses.asdict(cfg), **machine}, *CONFIG_LINES)
 
 
 def activation_bytes(cfg: Knobs, vocab: int, tokens: int) -> int:
@@ -6110,9 +6121,21 @@ def estimate_memory(
     return {"net": net, "mixer": mixer.get(cfg.mixer, 0), "rest": rest}
 
 
+def unlike_preset(cfg: Knobs, vocab: int, train_tokens: int) -> list[str]:
+    """The settings that are not what the preset has on this machine: NAME=value."""
+    usual = Knobs(**{"preset": cfg.preset, **preset_values(cfg.preset)})
+    usual, _ = fit_memory(usual, vocab, {}, train_tokens)
+    own, its = (settings_of(knobs, "run", *KEPT_SCOPES) for knobs in (cfg, usual))
+    return [f"{name}={value}" for name, value in own.items()
+            if value != its[name] and name not in ("RUN_ID", "OUT_DIR", "RESUME")]  # fmt: skip
+
+
 def describe_training(trainer: Trainer, text: ValidationText) -> Iterator[str]:
-    """Lines: parameters by group, the data, the artifact's size and the memory by estimate."""
+    """Lines: own settings, parameters by group, the data, the artifact's size and the memory by
+    estimate."""
     cfg, data = trainer.cfg, trainer.data
+    own = unlike_preset(cfg, trainer.params["tok_emb"].shape[0], data.tokens)
+    yield f"settings unlike the preset's: {' '.join(own) or 'none'}"
     yield f"parameters: {sum(p.size for p in trainer.params.values()):,}"
     for group in GROUPS:
         sizes = [p.size for n, p in trainer.params.items() if trainer.groups[n] is group]

@@ -223,7 +223,8 @@ def test_a_run_says_what_is_not_its_presets(plain):
     (line,) = [x for x in plain.out.splitlines() if x.startswith("settings unlike the preset's: ")]
     own = dict(pair.split("=") for pair in line.partition(": ")[2].split())
     assert own["MODEL_DIM"] == "32" and own["MIXER_MEMORY_MB"] == "4"
-    assert not {"WORKERS", "MUON_MOMENTUM", "SEED"} & set(own)
+    assert own["ITERATIONS"] == "6" and own["WORKERS"] == "2"
+    assert not {"MUON_MOMENTUM", "SEED", "RUN_ID", "OUT_DIR", "DATA_PATH"} & set(own)
 
 
 def test_records(plain, dataset):
@@ -1144,18 +1145,19 @@ def test_a_library_that_fails_is_a_warning(train, tmp_path):
     assert done.err == "warning: REPORT_TO=wandb: OSError: no network here; sent no more\n"
 
 
-def test_a_library_that_does_not_finish_is_ended(dataset, home, tmp_path):
+@pytest.mark.parametrize("where", ["init", "finish"])
+def test_a_library_that_does_not_finish_is_ended(where, dataset, home, tmp_path):
     """Who reads the run's output waits for its end."""
-    script = edited(home / "hangs", "SENDER = SENDER.replace('alarm(30)', 'alarm(1)')")
-    finish = 'def finish(self, **more): note("finish", more)'
-    hangs = 'def finish(self): note("finishing"); import time; time.sleep(99); note("finish")'
-    assert finish in LIBRARY
-    (tmp_path / "trackio.py").write_text(LIBRARY.replace(finish, hangs) % "")
+    script = edited(home / f"hangs-{where}", "SENDER = SENDER.replace('sleep(30)', 'sleep(1)')")
+    sleep, finish = "import time; time.sleep(99)", "def finish(self, **more): "
+    assert LIBRARY.count(finish) == 1
+    library = LIBRARY % sleep if where == "init" else LIBRARY.replace(finish, finish + f"{sleep}; ")
+    (tmp_path / "trackio.py").write_text(library.replace("%s", ""))
     more = {"REPORT_TO": "trackio", "NOTES": tmp_path / "notes", "PYTHONPATH": tmp_path}
     env = {**TINY, **NET, "DATA_PATH": dataset.path, **more}
-    done = run(home, "hanging", sys.executable, script, **env)
-    kinds = [json.loads(line)[0] for line in (tmp_path / "notes").read_text().splitlines()]
-    assert done.status == 0 and "finishing" in kinds and "finish" not in kinds
+    done = run(home, f"hanging-{where}", sys.executable, script, **env)
+    warning = "warning: REPORT_TO=trackio: not done 30 seconds after the run; sent no more\n"
+    assert (done.status, done.err) == (0, warning)
 
 
 def test_a_library_that_is_missing_is_said_at_once(train, tmp_path, monkeypatch):

@@ -509,7 +509,7 @@ class Slow:
                     x[0] = STRETCH[min(share, 4095)]
                 mixed = product(self.weights[judge][sets], x)
                 if judge == self.with_net:
-                    self.weigh(self.weights[judge][sets], x, mixed, bit)
+                    self.weigh(self.weights[judge][sets], x, bit)
                 p, rows, column = self.refine(judge, node, mixed)
                 ps.append(p)
                 error = F(bit * 65536 - chance(mixed)) * F(1 / 65536)
@@ -535,18 +535,21 @@ class Slow:
         self.learn(token)
         return nats
 
-    def weigh(self, weights, x, mixed, bit):
+    def weigh(self, weights, x, bit):
         """Nats that the bit would cost the mix more without the inputs of an expert."""
         names = ["net", "bias", "match", *(c.name for c in t.CANDIDATE_CONTEXTS)]
         names += [c.name for c in self.contexts for _ in range(3)]
 
         def cost(logit):
+            logit = min(max(logit, -11.9), 11.9)
             return -math.log(1 / (1 + math.exp(-logit if bit else logit)))
+
+        whole = (weights.astype(float) * x).sum()
 
         for name in set(names):
             its = [j for j, other in enumerate(names) if other == name]
-            said = float((weights[:, its].astype(float) * x[its]).sum())
-            self.worth[name] += cost(float(mixed) - said) - cost(float(mixed))
+            said = (weights[:, its].astype(float) * x[its]).sum()
+            self.worth[name] += cost(whole - said) - cost(whole)
 
     def trusted(self, level, p0, p1, bit):
         """What the judges make of a decision together, in 65,536ths; then Bayes' rule."""
@@ -612,7 +615,7 @@ def test_the_slow_version_agrees(vocab, size, joins, experts):
     text, logs = some_text(size, vocab, seed=8), rows(size, vocab)
     fast, slow = mixer(vocab, size, 64, experts), Slow(vocab, 64, experts)
     parts = [fast.code(text[:joins]), None]
-    fast.weigh_experts()
+    fast.start_weighing()
     parts[1] = fast.code(text[joins:], logs[joins:])
     net, want = (np.exp(np.minimum(logs, 0)) * F(1 << 30)).astype(np.uint32), []
     for i, v in enumerate(text.tolist()):

@@ -301,7 +301,7 @@ def bytes_picture(runs: list[Run]) -> str:
         axes.figure.legend(loc="outside upper left", ncols=6)
         axes.figure.set_figwidth(11.4)
 
-    return draw(bars, "", xlabel="bytes")
+    return draw(bars, "The net's bytes: split as zlib compresses each part.", xlabel="bytes")
 
 
 def cost_pictures(costs: Costs) -> str:
@@ -402,12 +402,14 @@ def passage(costs: Costs, first: int) -> str:
 def run_section(run: Run, opened: bool) -> str:
     """What is known of one run's tokens and experts."""
     costs, sentence = read_costs(run)
-    experts = run.last("final").get("experts") or run.last("eval").get("experts")
+    experts = run.last("final").get("experts")
     pictures = cost_pictures(costs) if costs else ""
     if experts:
         names, unit = sorted(experts, key=experts.get)[::-1], "BPB more if silent, thousandths"
         lost = [1000 * experts[name] for name in names]
-        pictures += draw(lambda axes: axes.barh(names, lost), "Experts' worth.", xlabel=unit)
+        pictures += draw(
+            lambda axes: axes.barh(names, lost), "What each is worth to the mix.", xlabel=unit
+        )
     text = f'<p class="small">{html.escape(sentence)}</p><div class="grid">{pictures}</div>'
     if costs:
         scale = " ".join(coloured(bits, f" {bits} ") for bits in range(0, HOTTEST_BITS + 1, 3))
