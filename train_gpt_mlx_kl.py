@@ -347,7 +347,7 @@ class Knobs:
     sample_tokens: int = knob(200, "sample: tokens at most", "use")
     sample_with: str = knob("all", "sample: who says what comes next", "use",
                             choices="all net contexts")  # fmt: skip
-    temperature: float = knob(0.8, "sample: log-probabilities are divided by it", "use", hi=100)
+    temperature: float = knob(1.0, "sample: log-probabilities are divided by it", "use", hi=100)
     top_p: float = knob(0.95, "sample: share of the likeliest tokens, others not", "use", hi=1)
     file: str = knob("", "compress, restore: path of the file", "use")
     output: str = knob("", "their result; empty: FILE.tgk, or FILE without .tgk", "use")
