@@ -2599,11 +2599,11 @@ def estimate_bytes(params: Arrays, groups: dict[str, Group], cfg: Knobs) -> int:
 def read_artifact(path: Path) -> Artifact:
     """Read an artifact. Raises UserError naming what is wrong."""
     if not path.is_file():
-        raise UserError(f"EVAL_ONLY={path}: no such file")
+        raise UserError(f"ARTIFACT={path}: no such file")
     try:
         blob = path.read_bytes()
     except OSError as error:
-        raise UserError(f"EVAL_ONLY={path}: {error.strerror}") from None
+        raise UserError(f"ARTIFACT={path}: {error.strerror}") from None
     if len(blob) < PREFIX.size or blob[: len(MAGIC)] != MAGIC:
         raise UserError(f"{path}: not an artifact of this script")
     _, version, digest, model_size = PREFIX.unpack_from(blob)
@@ -5854,15 +5854,17 @@ class Use:
 
     def pieces(self) -> Pieces:
         """The tokenizer that the artifact was made with. Raises UserError where it is not found."""
-        cfg, facts = self.cfg, self.artifact.tokenizer
-        paths = sorted((HERE / "data" / "tokenizers").glob("*.model"))
+        cfg, facts, paths = self.cfg, self.artifact.tokenizer, []
+        for folder in dict.fromkeys((HERE, *HERE.parents, *self.path.resolve().parents)):
+            paths += sorted((folder / "data" / "tokenizers").glob("*.model"))
         with contextlib.suppress(UserError):
             paths += [tokenizer_beside(Path(cfg.data_path))] if cfg.data_path else []
         for path in [Path(cfg.tokenizer_path)] if cfg.tokenizer_path else paths:
             if path.is_file() and file_sha256(path) == facts.sha256:
                 return Pieces(path, facts)
-        raise UserError(f"TOKENIZER_PATH={cfg.tokenizer_path}: not the tokenizer of {self.path}, "
-                        f"whose SHA-256 begins with {facts.sha256[:8]}: set its path")  # fmt: skip
+        where = f"={cfg.tokenizer_path}" if cfg.tokenizer_path else " is unset"
+        raise UserError(f"TOKENIZER_PATH{where}: {self.path} wants the tokenizer whose SHA-256 "
+                        f"begins with {facts.sha256[:8]}: set its path")  # fmt: skip
 
     def predictor(self, tokens: int, contexts: bool, net: bool, stride: int) -> Predictor:
         """Who predicts a text of so many tokens; stride: see `NetReader`."""

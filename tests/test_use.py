@@ -2,6 +2,7 @@
 
 import os
 import random
+import shutil
 import subprocess
 import sys
 import zlib
@@ -475,9 +476,9 @@ def test_mistakes_are_a_line(usual, tmp_path):
     fails(usual.use(tmp_path / "x.txt.tgk"), "restore", "x.txt exists")
     assert file.read_bytes() == b"hello"
     env = {"TOKENIZER_PATH": "", "DATA_PATH": tmp_path}
-    fails(usual.use(file, tmp_path / "z", **env), "compress", "TOKENIZER_PATH=: not the tokenizer")
+    fails(usual.use(file, tmp_path / "z", **env), "compress", "unset: .*.bin wants the tokenizer")
     env = {"TOKENIZER_PATH": SCRIPT}
-    fails(usual.use(file, tmp_path / "z", **env), "sample", "_kl.py: not the tokenizer")
+    fails(usual.use(file, tmp_path / "z", **env), "sample", "_kl.py: ")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["x.txt", "x.txt.tgk"]
 
 
@@ -487,6 +488,17 @@ def test_a_tokenizer_is_found_beside_its_text(usual, tmp_path):
     (folder / "manifest.json").write_text('{"tokenizer": "made_up.model"}')
     file.write_bytes(b"hello")
     usual.use(file, TOKENIZER_PATH="", DATA_PATH=folder).compress()
+    assert (tmp_path / "x.tgk").is_file()
+
+
+def test_a_tokenizer_is_found_where_the_artifact_was_made(usual, tmp_path):
+    """Also by another clone's script, or by the copy in the run's folder."""
+    for folder, path in (("data/tokenizers", usual.tokenizer), ("logs/run", usual.artifact)):
+        (tmp_path / folder).mkdir(parents=True)
+        shutil.copy(path, tmp_path / folder)
+    (tmp_path / "x").write_bytes(b"hello")
+    env = {"FILE": str(tmp_path / "x"), "DEVICE": "cpu"}
+    t.Use.load(tmp_path / "logs" / "run" / usual.artifact.name, env).compress()
     assert (tmp_path / "x.tgk").is_file()
 
 
