@@ -143,7 +143,6 @@ class Interrupts:
 
     def __init__(self) -> None:
         self.asked, self.holding = 0, False  # the signal's number; whether it has to wait
-        self.waits: Future | None = None  # what a thread does that can hang, and Python with it
 
     def listen(self) -> None:
         """Take the signals that are not ignored, as nohup ignores SIGHUP."""
@@ -605,8 +604,8 @@ def errors_as_lines() -> Iterator[None]:
         with contextlib.suppress(OSError):  # nobody reads it
             for line in str(error).splitlines():
                 print(f"error: {line}", file=sys.stderr, flush=True)
-        if interrupts.waits and not interrupts.waits.done():
-            os._exit(error.status)
+        if threading.active_count() > 1:  # at Python's end a thread that computes may crash, and
+            os._exit(error.status)  # one that waits for another rank would keep it from ending
         raise SystemExit(error.status) from None
     except OSError as error:  # of a path whose name is too long, or that is somebody else's
         name = f"{error.filename!a}: " if error.filename else ""
@@ -2922,7 +2921,7 @@ class Ranks:
 
     def wait_for(self, work: Callable[[], Any]) -> Any:
         """The result of what waits for other ranks. Raises RunFailed if one is gone."""
-        interrupts.waits = done = Future()
+        done: Future = Future()
         self.work.put((done, work))
         while not wait([done], timeout=0.5).done:
             if reason := self.missing():

@@ -208,6 +208,19 @@ def test_ignored_signals_stay_ignored(home, env):
     assert final(end_of(process, home, "kept", read))["train_steps"] == 60
 
 
+def test_an_error_ends_python_at_once_where_threads_still_compute():
+    """They may crash while Python is taken apart, which is another exit status."""
+    code = """
+import atexit, threading, time, train_gpt_mlx_kl as t
+atexit.register(print, "taken apart")
+threading.Thread(target=time.sleep, args=(60,), daemon=True).start()
+with t.errors_as_lines():
+    raise t.RunFailed("all is lost")
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=t.HERE, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (1, "", "error: all is lost\n")
+
+
 def test_a_closed_pipe_ends_the_run_in_order(home, env):
     process = start(home, RUN_ID="cut", **{**env, **NET, **LONG})
     read_until(process, "step:9/")
