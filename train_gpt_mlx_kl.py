@@ -1054,8 +1054,8 @@ def find_shards(folder: Path, split: str) -> list[Path]:
     paths = sorted(folder.glob(f"*_{split}_*.bin"))
     if not paths:
         raise UserError(f"DATA_PATH={folder}: holds no *_{split}_*.bin: make such shards of a text "
-                        "by data/prepare.py text PATH, or get FineWeb's by data/prepare.py "
-                        "fineweb")  # fmt: skip
+                        "by python data/prepare.py text PATH, or get FineWeb's by python "
+                        "data/prepare.py fineweb")  # fmt: skip
     for path in paths:
         if "_train_" in path.name and "_val_" in path.name:
             raise UserError(f"{path}: a shard of training or of validation text? rename it")
@@ -1081,7 +1081,9 @@ def locate_data(cfg: Knobs) -> tuple[Path, Path | None, str]:
         if not stdlib.is_dir():
             make_stdlib()
     if not folder.is_dir():
-        raise UserError(f"DATA_PATH={folder}: no such folder")
+        name = folder.name.rpartition("_sp")[0]  # with as many pieces as the text supports
+        like = ", ".join(str(path) for path in sorted(folder.parent.glob(f"{name}_sp*")) if name)
+        raise UserError(f"DATA_PATH={folder}: no such folder{f': is it {like}?' if like else ''}")
     find_shards(folder, "val")  # a folder of text has no tokenizer either
     line += f", {folder}"
     try:
@@ -3300,7 +3302,7 @@ class Keeper:
                 reason = f"; no new checkpoint: {unsaved}"
             folder = self.report.folder
             go_on = f"OUT_DIR={shlex.quote(str(folder.parent))} RUN_ID={folder.name} RESUME=1"
-            error.args = (f"{error}{reason}; to go on: {go_on}",)
+            error.args = (f"{error}{reason}; to go on, the same command with {go_on}",)
             raise
 
 
@@ -6125,7 +6127,8 @@ def estimate_memory(
 def unlike_preset(cfg: Knobs, vocab: int, train_tokens: int) -> list[str]:
     """The settings that are not what the preset has on this machine: NAME=value."""
     usual = Knobs(**{"preset": cfg.preset, **preset_values(cfg.preset)})
-    usual, _ = fit_memory(usual, vocab, {}, train_tokens)
+    usual, _ = fit_memory(dataclasses.replace(usual, mixer=cfg.mixer), vocab, {}, train_tokens)
+    usual = dataclasses.replace(usual, mixer=Knobs(**preset_values(cfg.preset)).mixer)
     own, its = (settings_of(knobs, "run", *KEPT_SCOPES) for knobs in (cfg, usual))
     return [f"{name}={value}" for name, value in own.items()
             if value != its[name] and name not in ("RUN_ID", "OUT_DIR", "RESUME")]  # fmt: skip
@@ -6201,17 +6204,22 @@ def export(
             "tok_s": trained / max(trainer.elapsed_s, 1e-9)}  # fmt: skip
 
 
+def report_validation(
+    text: ValidationText, tokenizer: Tokenizer, report: Report, trainer: Trainer
+) -> None:
+    """Record what the averaged weights score alone."""
+    at = {"step": trainer.step, "train_time_ms": 1000 * trainer.elapsed_s}
+    args = trainer.model, trainer.average, text, tokenizer, trainer.cfg, trainer.workers
+    report.event({"event": "val", **at, **score_net(*args)}, VAL_LINE)
+
+
 def train_to_artifact(
     trainer: Trainer, report: Report, text: ValidationText, tokenizer: Tokenizer, keeper: Keeper,
     packer: Packer | None,
 ) -> Event:  # fmt: skip
     """Train and pack, then export: sizes and counts, on rank 0 alone."""
     cfg, first = trainer.cfg, not trainer.cfg.max_wallclock_seconds
-
-    def validate(trainer: Trainer) -> None:
-        args = trainer.model, trainer.average, text, tokenizer, cfg, trainer.workers
-        report.event({"event": "val", "step": trainer.step, **score_net(*args)}, VAL_LINE)
-
+    validate = functools.partial(report_validation, text, tokenizer, report)
     sample = functools.partial(report_sample, tokenizer, report)
     try:
         if packer:

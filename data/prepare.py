@@ -53,6 +53,7 @@ SAMPLE_CHARS = 32 << 20  # of training text that a tokenizer is trained on: abou
 SPLIT_SALT = "split 49: "  # see stdlib_is_val
 WINDOW, LEAST_WINDOW = 1024, 64  # the trainer's TRAIN_SEQ_LEN: its default, and what makes sense
 ENOUGH = "about 1 kB of text will do"
+TRAINER = "python train_gpt_mlx_kl.py"
 FEW_DOCUMENTS, PIECE_BYTES, LEAST_PIECE_BYTES = 20, 1 << 20, 128  # see Spool.rows
 BLOCK_BYTES = 1 << 24  # of a file, read at once
 ELEMENT_CHARS = 1 << 28  # at most, of an element of a JSON array
@@ -350,7 +351,7 @@ class Dataset:
         if window < WINDOW:
             say(f"train: too few tokens for a window of {WINDOW:,}: set TRAIN_SEQ_LEN as below")
             settings += f" TRAIN_SEQ_LEN={window}"
-        say(settings)
+        say(f"{settings} {TRAINER}" if train["documents"] else settings)
 
 
 def window_for(tokens: int) -> int:
@@ -1295,7 +1296,7 @@ def prepare_fineweb(args: argparse.Namespace) -> None:
         facts = f"{len(shards)} shards, {documents:,} documents, {tokens:,} tokens"
         say(f"{split}: {facts}, all verified")
     write_manifest(data.folder, manifest)
-    say(f"DATA_PATH={data.folder} TOKENIZER_PATH={path}")
+    say(f"DATA_PATH={data.folder} TOKENIZER_PATH={path} {TRAINER}")
 
 
 # --------------------------------------------------------------------------------------------------

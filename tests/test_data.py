@@ -165,7 +165,10 @@ def test_ids_outside_the_vocabulary_are_named(tmp_path):
 
 
 def test_missing_shards_are_named(tmp_path):
-    with pytest.raises(t.UserError, match="no such folder"):
+    (tmp_path / "mine_sp924").mkdir()
+    with pytest.raises(t.UserError, match=r"no such folder: is it .*mine_sp924\?"):
+        t.locate_data(tiny_knobs(DATA_PATH=tmp_path / "mine_sp1024"))
+    with pytest.raises(t.UserError, match=r"no such folder$"):
         t.locate_data(tiny_knobs(DATA_PATH=tmp_path / "absent"))
     with pytest.raises(t.UserError, match="_val_"):
         t.find_shards(tmp_path, "val")

@@ -411,3 +411,12 @@ def test_names_that_are_no_settings():
         )
     names = [field.name.upper() for field in t.dataclasses.fields(t.Knobs)]
     assert set(t.ELSEWHERE.values()) <= set(names) and not set(t.ELSEWHERE) & set(names)
+
+
+@pytest.mark.parametrize("env", [{}, {"MIXER": "off"}, {"MIXER_MEMORY_MB": "9", "SEED": "2"}])
+def test_own_settings_are_those_that_were_given(env):
+    """Not those that fit_memory has chosen."""
+    cfg, _ = t.knobs_from_env({"PRESET": "cpu", **env})
+    cfg, _ = t.fit_memory(cfg, 1024, env, 10_000)
+    given = [f"{name}={value}" for name, value in env.items()]
+    assert sorted(t.unlike_preset(cfg, 1024, 10_000)) == sorted(given)

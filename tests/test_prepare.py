@@ -528,7 +528,8 @@ def test_the_vocabulary_shrinks_to_what_the_text_supports(tmp_path, capsys):
 def test_the_trainer_can_use_little_text(tmp_path, capsys, size, fits):
     (tmp_path / "notes.md").write_bytes(words(5, size)[:size].encode())
     assert run("text", tmp_path / "notes.md", "--out", tmp_path) == 0
-    last = capsys.readouterr().out.splitlines()[-1]
+    last, program, script = capsys.readouterr().out.splitlines()[-1].rpartition(" python ")
+    assert (program, script) == (" python ", "train_gpt_mlx_kl.py")
     chosen = dict(pair.split("=") for pair in last.split(" "))
     assert ("TRAIN_SEQ_LEN" in chosen) == (not fits)
     folder, seq_len = Path(chosen["DATA_PATH"]), int(chosen.get("TRAIN_SEQ_LEN", 1024))

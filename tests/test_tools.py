@@ -34,7 +34,8 @@ CONFIG = {"event": "config", "run_id": "x", "gflops": 1.0, "preset": "cpu", "num
           "matrix_lr": 0.02, "audit": True, "train_batch_tokens": 2048}  # fmt: skip
 TRAIN = [{"event": "train", "step": s, "train_loss": 7 - s / 10, "lr_factor": 1 - s / 40,
           "train_time_ms": 300.0 * s} for s in range(1, 31)]  # fmt: skip
-VAL = [{"event": "val", "step": s, "val_loss": 6.5 - s / 10, "val_bpb": 3 - s / 30}
+VAL = [{"event": "val", "step": s, "val_loss": 6.5 - s / 10, "val_bpb": 3 - s / 30,
+        "train_time_ms": 310.0 * s}
        for s in (10, 20, 30)]  # fmt: skip
 EXPORT = {"event": "export", "code_bytes": 240_000, "model_bytes": 3_000_000,
           "packed_bytes": 20_000, "total_bytes": 3_240_000, "limit_bytes": 16_000_000,
@@ -320,7 +321,7 @@ def test_losses_are_drawn_at_their_tokens_and_seconds(tmp_path, monkeypatch):
         [5.5, 4.5, 3.5]
     )
     plots = drawn(monkeypatch, lambda: report.curves([run], "train_loss", False))["plot"]
-    assert plots[-1][0][0] == pytest.approx([3.0, 6.0, 9.0])
+    assert plots[-1][0][0] == pytest.approx([3.1, 6.2, 9.3])
 
 
 def test_the_steep_start_is_cut_off_and_only_the_best_have_colours(tmp_path, monkeypatch):
@@ -365,6 +366,12 @@ def test_the_page_is_self_contained_and_has_the_pages_colours(tmp_path, rng, cap
     # What Matplotlib draws in a colour of its own does not suit light and dark.
     assert re.findall(r"(?:fill|stroke): (#\w+)", page) == []
     assert page.count("<figure>") == 7 and "bits (net " in page
+
+
+def test_a_net_alone_has_no_contexts(tmp_path):
+    final = {**FINAL, "mixer": "off", "val_bpb": 2.79, "val_bpb_context": 2.79}
+    row = report.read_run(write_run(tmp_path / "a", [*WHOLE[:-1], final])).row()
+    assert [row[name] for name in ("net", "contexts", "mixed")] == ["2.7900", "-", "2.7900"]
 
 
 def test_fifty_runs_stay_readable(tmp_path, capsys):

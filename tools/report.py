@@ -14,6 +14,7 @@ import json
 import math
 import re
 import shutil
+import signal
 import sys
 import textwrap
 from argparse import ArgumentParser, RawTextHelpFormatter
@@ -92,6 +93,7 @@ class Run:
         facts = {**self.last("export"), **(self.final or unscored)}
         values = {name: (facts.get(key), how) for name, (key, how, _) in COLUMNS.items()}
         text = {name: format(v, how) if is_number(v) else "-" for name, (v, how) in values.items()}
+        text |= {"contexts": "-"} if facts.get("mixer") == "off" else {}  # they are the net's
         return {**text, "audit": self.status(), "run": self.name}
 
 
@@ -262,11 +264,11 @@ def curves(runs: list[Run], name: str, by_tokens: bool) -> str:
     def plot(axes: Any) -> None:
         highest = [-math.inf]
         for i, run in reversed(list(enumerate(runs))):
-            clock = run.curve("train", "train_time_ms")
             for kind, what, look in kinds:
                 step, y = run.curve(kind, what)
                 x = step * run.last("config").get("train_batch_tokens", 0)
                 if not by_tokens and len(step):
+                    clock = run.curve(kind, "train_time_ms")
                     x = np.interp(step, *clock) / 1000 if clock.size else step * math.nan
                 axes.plot(x, y, color=(SERIES + [FAINT] * i)[i], gid=f"run{i}", **look)
                 highest += list(y[step >= max(step, default=0) / 10])
@@ -274,7 +276,7 @@ def curves(runs: list[Run], name: str, by_tokens: bool) -> str:
             axes.set_ylim(top=1.01 * max(highest))
 
     xlabel = "training tokens" if by_tokens else "seconds of training"
-    what = "Thin: the logged steps, after a tenth of them. Dots: averaged weights, validation text."
+    what = "Line: training loss of logged steps. Dots: averaged weights on the validation text."
     what, y = (what, "loss, nats per token") if kinds[1:] else ("", "learning rate / its peak")
     return draw(plot, what, xlabel=xlabel, ylabel=y)
 
@@ -405,10 +407,12 @@ def run_section(run: Run, opened: bool) -> str:
     experts = run.last("final").get("experts")
     pictures = cost_pictures(costs) if costs else ""
     if experts:
-        names, unit = sorted(experts, key=experts.get)[::-1], "BPB more if silent, thousandths"
+        names, unit = sorted(experts, key=experts.get)[::-1], "thousandths of a bit per byte"
         lost = [1000 * experts[name] for name in names]
         pictures += draw(
-            lambda axes: axes.barh(names, lost), "What each is worth to the mix.", xlabel=unit
+            lambda axes: axes.barh(names, lost),
+            "Cost of a byte without the net or one expert.",
+            xlabel=unit,
         )
     text = f'<p class="small">{html.escape(sentence)}</p><div class="grid">{pictures}</div>'
     if costs:
@@ -465,4 +469,5 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `report.py | head` ends without a traceback
     sys.exit(main())
