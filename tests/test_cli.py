@@ -784,7 +784,7 @@ def test_importing_the_script_changes_nothing(packages, sparse, tmp_path):
         ({"VOCAB_SIZE": 301}, ["VOCAB_SIZE=301", "300"]),
         ({"TOKENIZER_PATH": "absent.model"}, ["TOKENIZER_PATH", "absent.model"]),
         ({"DATA_PATH": "absent"}, ["DATA_PATH", "absent"]),
-        ({"EVAL_ONLY": "absent.bin"}, ["EVAL_ONLY", "absent.bin"]),
+        ({"EVAL_ONLY": "absent.bin"}, ["ARTIFACT=absent.bin: no such file"]),
         ({"VAL_MAX_TOKENS": 1}, ["fewer than 2 tokens"]),
         ({"OUT_DIR": str(SCRIPT)}, ["OUT_DIR"]),
     ],
