@@ -601,17 +601,25 @@ def errors_as_lines() -> Iterator[None]:
     try:
         yield
     except (Stop, Interrupted) as error:
-        with contextlib.suppress(OSError):  # nobody reads it
-            for line in str(error).splitlines():
-                print(f"error: {line}", file=sys.stderr, flush=True)
-        if threading.active_count() > 1:  # at Python's end a thread that computes may crash, and
-            os._exit(error.status)  # one that waits for another rank would keep it from ending
-        raise SystemExit(error.status) from None
+        end_with(str(error), error.status)
     except OSError as error:  # of a path whose name is too long, or that is somebody else's
         name = f"{error.filename!a}: " if error.filename else ""
-        print(f"error: {name}{error.strerror or error}", file=sys.stderr, flush=True)
         mistakes = (errno.ENAMETOOLONG, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.ELOOP)
-        raise SystemExit(2 if error.errno in mistakes else 1) from None
+        end_with(f"{name}{error.strerror or error}", 2 if error.errno in mistakes else 1)
+
+
+def end_with(lines: str, status: int) -> None:
+    """End the program, at once where threads are left.
+
+    At Python's end a thread that computes may crash, and one that waits for another rank would keep
+    it from ending.
+    """
+    with contextlib.suppress(OSError):  # nobody reads it
+        for line in lines.splitlines():
+            print(f"error: {line}", file=sys.stderr, flush=True)
+    if threading.active_count() > 1:
+        os._exit(status)
+    raise SystemExit(status)
 
 
 if __name__ == "__main__":  # help and bad settings come before anything heavy is loaded
@@ -6083,12 +6091,12 @@ def fit_memory(
     limit, lines = memory_limit(), []
     if cfg.mixer == "logistic" and env.get("MIXER_MEMORY_MB") and cfg.mixer_memory_mb << 20 > limit:
         raise UserError(f"MIXER_MEMORY_MB={cfg.mixer_memory_mb}: there are {limit >> 20:,}")
-    if cfg.mixer == "logistic" and not env.get("MIXER_MEMORY_MB"):
+    if not env.get("MIXER_MEMORY_MB"):
         packed = cfg.pack_text_bytes if cfg.pack_text_bytes >= 0 else ARTIFACT_LIMIT_BYTES
         needed = 750 + min(train_tokens, 2 * packed) // 4000  # a token takes half a byte
         needed, held = min(cfg.mixer_memory_mb, needed), max(limit // 4 >> 20, 1)
         cfg = dataclasses.replace(cfg, mixer_memory_mb=min(needed, held))
-        if held < needed:
+        if held < needed and cfg.mixer == "logistic":
             lines.append(f"MIXER_MEMORY_MB={held}: a quarter of this machine's memory")
     tokens, workers = cfg.mlx_max_microbatch_tokens, (cfg.workers or cpu_cores()) if on_cpu() else 1
     most = limit // 3 // workers  # each of them has a microbatch
@@ -6126,9 +6134,8 @@ def estimate_memory(
 
 def unlike_preset(cfg: Knobs, vocab: int, train_tokens: int) -> list[str]:
     """The settings that are not what the preset has on this machine: NAME=value."""
-    usual = Knobs(**{"preset": cfg.preset, **preset_values(cfg.preset)})
-    usual, _ = fit_memory(dataclasses.replace(usual, mixer=cfg.mixer), vocab, {}, train_tokens)
-    usual = dataclasses.replace(usual, mixer=Knobs(**preset_values(cfg.preset)).mixer)
+    usual = Knobs(preset=cfg.preset, **preset_values(cfg.preset))
+    usual, _ = fit_memory(usual, vocab, {}, train_tokens)
     own, its = (settings_of(knobs, "run", *KEPT_SCOPES) for knobs in (cfg, usual))
     return [f"{name}={value}" for name, value in own.items()
             if value != its[name] and name not in ("RUN_ID", "OUT_DIR", "RESUME")]  # fmt: skip

@@ -208,14 +208,15 @@ def test_ignored_signals_stay_ignored(home, env):
     assert final(end_of(process, home, "kept", read))["train_steps"] == 60
 
 
-def test_an_error_ends_python_at_once_where_threads_still_compute():
+@pytest.mark.parametrize("error", ["t.RunFailed('all is lost')", "OSError(5, 'all is lost')"])
+def test_an_error_ends_python_at_once_where_threads_still_compute(error):
     """They may crash while Python is taken apart, which is another exit status."""
-    code = """
+    code = f"""
 import atexit, threading, time, train_gpt_mlx_kl as t
 atexit.register(print, "taken apart")
 threading.Thread(target=time.sleep, args=(60,), daemon=True).start()
 with t.errors_as_lines():
-    raise t.RunFailed("all is lost")
+    raise {error}
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=t.HERE, capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (1, "", "error: all is lost\n")

@@ -157,7 +157,7 @@ def test_tables_are_as_large_as_the_text_needs(monkeypatch):
     for tokens, env, want in (
         (10**6, {}, 1000), (10**7, {"PACK_TEXT_BYTES": "1000000"}, 1250), (10**8, {}, 4000),
         (10**8, {"PACK_TEXT_BYTES": "0"}, 750), (10**6, {"MIXER_MEMORY_MB": "99"}, 99),
-        (10**6, {"MIXER": "off"}, 4000),
+        (10**6, {"MIXER": "off"}, 1000),  # runs with and without a mixer differ in MIXER alone
     ):  # fmt: skip
         cfg = t.knobs_from_env({"PRESET": "mac", **env})[0]
         assert t.fit_memory(cfg, 1024, env, tokens)[0].mixer_memory_mb == want

@@ -368,6 +368,16 @@ def test_the_page_is_self_contained_and_has_the_pages_colours(tmp_path, rng, cap
     assert page.count("<figure>") == 7 and "bits (net " in page
 
 
+def test_a_reader_who_leaves_is_no_error(tmp_path):
+    write_run(tmp_path / "a", WHOLE)
+    read, write = os.pipe()
+    os.close(read)
+    command = [sys.executable, TOOLS / "report.py", tmp_path, "--out", tmp_path / "page.html"]
+    done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE)
+    os.close(write)
+    assert (done.returncode, done.stderr) == (-signal.SIGPIPE, b"")
+
+
 def test_a_net_alone_has_no_contexts(tmp_path):
     final = {**FINAL, "mixer": "off", "val_bpb": 2.79, "val_bpb_context": 2.79}
     row = report.read_run(write_run(tmp_path / "a", [*WHOLE[:-1], final])).row()
