@@ -1,5 +1,6 @@
 """Shared by the tests: the script as a module, and a model small enough for a test."""
 
+import signal
 import sys
 from pathlib import Path
 
@@ -14,6 +15,12 @@ import train_gpt_mlx_kl as t  # noqa: E402
 # Everything is checked on the CPU, where results repeat bit for bit; the other path's formulas
 # are reached by replacing `on_cpu`.
 t.mx.set_default_device(t.mx.cpu)
+
+# nohup, and a script that starts the tests in its background, have some signals ignored, also by
+# all that the tests start.
+for number, usual in ((signal.SIGHUP, signal.SIG_DFL), (signal.SIGINT, signal.default_int_handler)):
+    if signal.getsignal(number) == signal.SIG_IGN:
+        signal.signal(number, usual)
 
 TINY = {
     "PRESET": "cpu",

@@ -38,7 +38,6 @@ from test_cli import (
 import train_gpt_mlx_kl as t
 
 __all__ = ["dataset"]  # a fixture
-signal.signal(signal.SIGHUP, signal.SIG_DFL)  # also where the tests were started by nohup
 SHELL = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGHUP: 129}
 LONG = {"ITERATIONS": 5000, "CHECKPOINT_SECONDS": 0}
 
