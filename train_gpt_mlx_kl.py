@@ -324,7 +324,7 @@ class Knobs:
     skipgram_hash_size: int = knob(0, "rows of SkipGram's table; 0: off", "model", hi=65536)
     mixer_memory_mb: int = knob(4000, "MiB of the context models' tables; unset: by the text",
                                 "model", lo=1, hi=1 << 15, needs="MIXER=logistic")  # fmt: skip
-    mixer_size: str = knob("medium", "how many of the contexts take part", "model",
+    mixer_size: str = knob("medium", "how many contexts; large: medium's by two trees", "model",
                            choices="small medium large", needs="MIXER=logistic")  # fmt: skip
 
     mixer: str = knob("logistic", "context models", "eval", choices="logistic backoff off")
@@ -354,7 +354,7 @@ class Knobs:
 
 
 PRESETS = {
-    "cpu": """ITERATIONS=1000000 MAX_WALLCLOCK_SECONDS=110 TRAIN_BATCH_TOKENS=2048
+    "cpu": """MIXER_SIZE=large ITERATIONS=1000000 MAX_WALLCLOCK_SECONDS=110 TRAIN_BATCH_TOKENS=2048
         GRAD_ACCUM_STEPS=1 TRAIN_SEQ_LEN=256 WARMUP_STEPS=1 WARMDOWN_ITERS=150 WARMDOWN_FRAC=0.5
         TRAIN_LOG_EVERY=50 NUM_LAYERS=4 MODEL_DIM=192 NUM_HEADS=3 NUM_KV_HEADS=1 MLP_MULT=2
         XSA_LAST_N=0 ENGRAM_EMBED_DIM=64 MATRIX_LR=0.02 HASH_LR=0.15 MUON_MOMENTUM_WARMUP_STEPS=200
@@ -2360,7 +2360,7 @@ def apply_gradients(
 # ==================================================================================================
 
 CLIP_RATIOS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65)
-MAGIC, FORMAT_VERSION = b"MLXGOLF1", 9
+MAGIC, FORMAT_VERSION = b"MLXGOLF1", 10
 # Magic, version, SHA-256 of the version and the rest, bytes of the compressed model.
 PREFIX = struct.Struct("<8sH32sQ")
 LZMA_MAGIC = b"\xfd7zXZ\0"  # no brotli stream of ours begins so
@@ -2489,11 +2489,16 @@ def tree_levels(vocab: int) -> int:
     return min(max(vocab - 1, 1).bit_length() + 2, LEVELS_MOST)
 
 
+def tree_count(size: str) -> int:
+    """Trees of a mixer of MIXER_SIZE: see `MixerPair`."""
+    return 1 + (size == "large")
+
+
 @dataclass(frozen=True)
 class PackedText:
     """Training text inside an artifact, as the logistic mixer's code; decoding it is priming."""
 
-    leaf: np.ndarray  # (V,) int64: the mixer's tree, see `token_tree`
+    leaves: np.ndarray  # (1 or 2, V) int64: the mixer's trees, see `token_trees`
     token_count: int
     sha256: str  # of the text's tokens, little-endian int32
     code: bytes
@@ -2513,7 +2518,7 @@ def head_bytes(
     tokenizer: Tokenizer, packed: PackedText | None, overlap: tuple[int, int], rows: list,
     cfg: Knobs,
 ) -> bytes:  # fmt: skip
-    """What stands before the tensors: JSON header, byte table, the mixer's tree."""
+    """What stands before the tensors: JSON header, byte table, the mixer's trees."""
     header = {"knobs": settings_of(cfg, *KEPT_SCOPES), "tensors": rows}
     header |= {"overlap": overlap} if overlap[0] else {}
     header |= {"packed": [packed.token_count, packed.sha256]} if packed else {}
@@ -2524,7 +2529,7 @@ def head_bytes(
     flags = (tokenizer.leading + 2 * tokenizer.control).astype(np.uint8)
     tables = [tokenizer.piece_bytes.astype("<u2"), flags]
     tables += [np.frombuffer(tokenizer.text, np.uint8)]
-    tables += [packed.leaf.astype("<u2")] if packed else []
+    tables += [packed.leaves.astype("<u2")] if packed else []
     return b"".join([struct.pack("<I", len(text)), text, *(a.tobytes() for a in tables)])
 
 
@@ -2659,18 +2664,20 @@ def parse_artifact(path: Path, raw: bytes, code: bytes) -> Artifact:
     )
     packed, at = None, at + length
     if "packed" in header:
-        leaf = np.frombuffer(raw, "<u2", vocab, at).astype(np.int64)
+        trees = tree_count(header["knobs"]["MIXER_SIZE"])
+        leaves = np.frombuffer(raw, "<u2", trees * vocab, at).astype(np.int64)
+        leaves = leaves.reshape(trees, vocab)
         count, digest = header["packed"]
         if not (type(count) is int and 0 <= count <= PACKED_TOKENS_MOST):
             raise ValueError(f"{count} packed tokens")
-        if leaf.max() >> tree_levels(vocab) or len(np.unique(leaf)) < vocab:
-            raise ValueError("two tokens at one leaf of the mixer's tree")
-        for level in range(tree_levels(vocab)):
+        if leaves.max() >> tree_levels(vocab) or any(len(np.unique(x)) < vocab for x in leaves):
+            raise ValueError("two tokens at one leaf of a mixer's tree")
+        for leaf, level in itertools.product(leaves, range(tree_levels(vocab))):
             nodes = np.unique(leaf >> level)
             if not np.isin(nodes & ~1, nodes).all():
-                raise ValueError("a node of the mixer's tree has a right side alone")
-        packed = PackedText(leaf, count, str(digest), code)
-        at += 2 * vocab
+                raise ValueError("a node of a mixer's tree has a right side alone")
+        packed = PackedText(leaves, count, str(digest), code)
+        at += 2 * leaves.size
     return Artifact(header, tokenizer, unpack_tensors(header["tensors"], raw[at:]), packed)
 
 
@@ -3743,6 +3750,8 @@ class BackoffMixer(ContextModel):
 # The mixed logit is refined by two APMs, maps of it. Two JUDGES do this side by side, each with
 # weights and maps of its own: judge 0 hears the contexts alone, judge 1 the net as well. What is
 # coded is the mean of their probabilities, weighted by Bayes' rule: who was right counts for more.
+# TWO TREES. MIXER_SIZE=large is two such mixers side by side, whose trees differ. A token's
+# probability is the mean of theirs: see `MixerPair`.
 #
 # ONE DECISION. The path so far is left, then right: bits 0 1. The node is 5 and the level 2. The
 # slot of "order 2" was found at level 0; its cell 5 holds logit 2.0 (2,560: 256ths from -8), count
@@ -3835,6 +3844,7 @@ class Context(NamedTuple):
     Rows of a table must differ in these five: experts with one key would share their cells.
     sparse: most of what is seen once does not come back, so of a new key only the first slot stays.
     size: the smallest MIXER_SIZE that the expert is part of; the rows are in the sizes' order.
+    Large has medium's experts by two trees, see `MixerPair`.
     chooses: the slot's count helps to choose a row of the sixth weight set, which it makes 8 times
     larger; such a context is small. Size and chooses are of no effect in candidates.
     """
@@ -3872,11 +3882,6 @@ SLOT_CONTEXTS = (
     Context("word, the one before the last", words=0b101, sparse=True, size="medium"),
     Context("word, last long one", words=0b1001, sparse=True, size="medium"),
     Context("document, word pair", words=0b11, document=True, size="medium"),
-    Context("order 5", tokens=0b11111, sparse=True, size="large"),
-    Context("document, class", classes=0b1, document=True, size="large"),
-    Context("document, two classes", classes=0b11, document=True, size="large"),
-    Context("document, last word", words=0b10, document=True, size="large"),
-    Context("document, t-2", tokens=0b10, document=True, size="large"),
 )
 CANDIDATE_CONTEXTS = (Context("candidates, order 4", tokens=0b1111),)
 CLASS_LEVELS = 6
@@ -3932,6 +3937,8 @@ WORK = np.dtype([  # `now`: first what is known of a token, then of one of its d
     ("products", np.float32, WIDTH),  # of the last judge's inputs and weights
     ("mixed", np.float32, 2),  # mixed logit per judge, within 11.9 of 0
     ("p", np.int64, 3),  # probability of a 1 in 65,536ths, per judge; the last is coded
+    # By level: p of what was coded, negative if that was a 0, and 0 where nothing was decided.
+    ("path", np.int64, LEVELS_MOST),
     ("weighs", np.int64),  # whether to add up what experts are worth: see `weigh_experts`
     ("worth", np.float64, 2 + EXPERTS),  # nats so far: of the net, the bias and each expert
 ])  # fmt: skip
@@ -4013,8 +4020,18 @@ def learn_maps(fixed, past, now, bit):
 # The tree
 
 
-def token_tree(text: np.ndarray, vocab: int) -> np.ndarray:
-    """Leaf of each token in a binary tree: alike tokens lie close. (V,) int64.
+TREES = (1.0, 0.4), (1.0, 1.0)  # by tree: what counts how much, the token before or the one after
+
+
+def token_trees(text: np.ndarray, vocab: int, size: str) -> np.ndarray:
+    """The trees of a mixer of MIXER_SIZE: (1 or 2, V) int64, see `token_tree`."""
+    return np.stack([token_tree(text, vocab, shares) for shares in TREES[: tree_count(size)]])
+
+
+def token_tree(
+    text: np.ndarray, vocab: int, shares: tuple[float, float] = TREES[0]
+) -> np.ndarray:  # fmt: skip
+    """Leaf of each token in a binary tree: alike tokens lie close. (V,) int64. shares: see TREES.
 
     Tokens are alike if the same tokens come before and after them, as counted in `text`. A node's
     tokens are split by their first principal component, then by 2-means.
@@ -4029,7 +4046,8 @@ def token_tree(text: np.ndarray, vocab: int) -> np.ndarray:
         pairs = pairs.reshape(vocab, width).astype(np.float32)
         return np.sqrt(pairs / np.maximum(pairs.sum(axis=1, keepdims=True), 1))
 
-    x = np.hstack([root_shares(text[1:], text[:-1]), 0.4 * root_shares(text[:-1], text[1:])])
+    x = root_shares(text[1:], text[:-1]), root_shares(text[:-1], text[1:])
+    x = np.hstack([np.float32(share) * part for share, part in zip(shares, x, strict=True)])
     share = (frequency / max(frequency.sum(), 1))[:, None]
     x -= (x * share).sum(axis=0)
     _, vectors = np.linalg.eigh((x * share).T @ x)
@@ -4511,7 +4529,35 @@ def learn_apm(fixed, past, now, judge, bit):
 # --------------------------------------------------------------------------------------------------
 # The arithmetic coder, carry-less and binary, as in lpaq
 
-SCORE, ENCODE, DECODE = 0, 1, 2
+SCORE, ENCODE, DECODE, POP = 0, 1, 2, 3
+
+
+@bare_kernel
+def pop_bit(state, buffer, p):
+    """Take a bit, whose probability of a 1 is p in 65,536ths, from a stack: see `Stack`."""
+    x, left = state[0], state[1]
+    low = x & np.uint64(0xFFFF)
+    bit = np.int64(low < np.uint64(p))
+    share, below = (p, 0) if bit else (65536 - p, p)
+    x = np.uint64(share) * (x >> np.uint64(16)) + low - np.uint64(below)
+    while x < 1 << 24 and left > 0:
+        left -= np.uint64(1)
+        x = x << np.uint64(8) | np.uint64(buffer[left])
+    state[0], state[1] = x, left
+    return bit
+
+
+@bare_kernel
+def push_bit(state, buffer, p, bit):
+    """Put a bit on a stack, from which `pop_bit` takes it."""
+    x, left = state[0], state[1]
+    share, below = np.uint64(p if bit else 65536 - p), np.uint64(0 if bit else p)
+    while x >= share << np.uint64(16):
+        buffer[left] = x & np.uint64(255)
+        left += np.uint64(1)
+        x >>= np.uint64(8)
+    state[0] = ((x // share) << np.uint64(16)) + x % share + below
+    state[1] = left
 
 
 @bare_kernel
@@ -4519,11 +4565,13 @@ def code_bit(coder, p, bit):
     """Encode the bit, or decode one, whose probability of a 1 is p in 65,536ths; returns the bit.
 
     coder: (4,) uint64, which are low, high, the decoder's window and the position in the buffer;
-    the buffer (n,) uint8; and the mode.
+    the buffer (n,) uint8; and the mode. To POP, the first two are a stack's: see `pop_bit`.
     """
     state, buffer, mode = coder
     if mode == SCORE:
         return bit
+    if mode == POP:
+        return pop_bit(state, buffer, p)
     middle = state[0] + (((state[1] - state[0]) * np.uint64(p)) >> np.uint64(16))
     if mode == DECODE:
         bit = np.int64(state[2] <= middle)
@@ -4568,6 +4616,78 @@ class Coder:
         """The whole code. Its last byte, with zeros behind it, lies inside the final interval."""
         return bytes(self.out) + bytes([int(self.state[1]) >> 24])
 
+    def surplus(self) -> int:
+        """Bytes that were read beyond the code's end; negative if there are more to read.
+
+        The decoder's window of 4 bytes ends 3 bytes behind the code's last one.
+        """
+        return int(self.state[3]) - len(self.buffer) - 3
+
+
+class Stack:
+    """A code of tokens by two mixers at once, that is being written, or with `data` being read.
+
+    Neither knows the path by the other's tree, so that no bit can be coded by both. But if each is
+    as likely to be chosen, a token's probability is the mean of theirs, and so is its cost, if what
+    the choice costs is got back. Which mixer codes a token is read from the code written so far, as
+    likely as the token makes it; so it says nothing, and writing it and then the token's path
+    costs what the mean does (Frey, Hinton, doi:10.1093/comjnl/40.2_and_3.157, "bits back").
+    It takes a code that gives back first what was written last: asymmetric numeral systems (Duda,
+    arXiv:1311.2540), a number whose last digits are the newest. So a text is written from its end.
+    """
+
+    FIRST = 1 << 16  # the number before anything is written
+
+    def __init__(self, data: bytes | None = None) -> None:
+        self.notes: list[tuple[np.ndarray, int]] = []  # of each token, see `note`
+        size = len(data or b"")
+        self.buffer = np.frombuffer((data or b"") + bytes(8), np.uint8).copy()
+        self.state = np.array([0, size], np.uint64)  # the number; its digits in the buffer
+        while self.state[0] < 1 << 24 and self.state[1]:
+            self.state[1] -= np.uint64(1)
+            self.state[0] = self.state[0] << np.uint64(8) | self.buffer[int(self.state[1])]
+        self.reads = data is not None
+
+    def room(self, _: int) -> tuple[np.ndarray, np.ndarray, int]:
+        """What `code_bit` takes to read a path."""
+        return self.state, self.buffer, POP
+
+    def flush(self) -> None:
+        """See `Coder`."""
+
+    def note(self, paths: np.ndarray, share: int) -> None:
+        """A token to be written: its `path` (2, L) by each mixer, and the second one's share of
+        its probability in 65,536ths."""
+        self.notes.append((paths, share))
+
+    def choice(self) -> int:
+        """Read which mixer coded the next token."""
+        return pop_bit(self.state, self.buffer, 1 << 15)
+
+    def give_back(self, which: int, share: int) -> None:
+        """Write which mixer it was, as its writer had read it."""
+        push_bit(self.state, self.buffer, share, which)
+
+    def finish(self) -> bytes:
+        """The whole code."""
+        state, buffer = np.array([self.FIRST, 0], np.uint64), self.buffer
+        buffer = np.zeros(2 * (LEVELS_MOST + 1) * len(self.notes) + 8, np.uint8)
+        for paths, share in reversed(self.notes):
+            which = pop_bit(state, buffer, share)
+            for p in paths[which, ::-1].tolist():
+                if p:
+                    push_bit(state, buffer, abs(p), p > 0)
+            push_bit(state, buffer, 1 << 15, which)
+        number, digits = state.tolist()
+        size = (number.bit_length() + 7) // 8
+        return buffer[:digits].tobytes() + number.to_bytes(size, "little")
+
+    def surplus(self) -> int:
+        """0 where all was read, to what was there before anything was written; else negative."""
+        return -(self.state.tolist() != [self.FIRST, 0])
+
+
+AnyCoder = Coder | Stack
 
 # --------------------------------------------------------------------------------------------------
 # The loop over tokens
@@ -4679,11 +4799,12 @@ def code_path(fixed, past, now, mass, coder, leaf):
             find_rows(slots, rows, now.slot_hashes, slot, now.fresh, level == 0, 15 << 16,
                       UNSEEN, past.marks[0].tokens)  # fmt: skip
             now.cell_at, now.top = 1, level
-        bit = 0
+        bit = now.path[level] = 0
         if fixed.inside[2 * now.node + 1]:  # else no token is there: nothing to decide
             predict_bit(fixed, past, now, mass)
             bit = leaf >> (fixed.levels - level - 1) & 1
             bit = code_bit(coder, now.p[2], bit)
+            now.path[level] = now.p[2] if bit else -now.p[2]
             learn_bit(fixed, past, now, bit)
         now.node, now.cell_at = 2 * now.node + bit, 2 * now.cell_at + bit
     return now.node - len(fixed.token)
@@ -4768,6 +4889,7 @@ class LogisticMixer(ContextModel):
     """Experts over hashed contexts, mixed bit by bit; it learns from each token after coding it."""
 
     state: Past
+    coder = Coder  # that writes or reads a code
 
     def __init__(
         self, tokenizer: Tokenizer, leaf: np.ndarray, capacity: int, memory_mb: int,
@@ -4868,18 +4990,138 @@ class LogisticMixer(ContextModel):
             array[where] = old[where]
 
 
+@functools.cache
+def second_thread() -> ThreadPoolExecutor:
+    """Where the second mixer of a pair works."""
+    return ThreadPoolExecutor(1)
+
+
+class MixerPair(ContextModel):
+    """Two mixers whose trees differ; a token's probability is the mean of theirs.
+
+    What is learned at a node is shared by the tokens below it. So by another tree other mistakes
+    are made, and the mean of both is better than either.
+    """
+
+    coder = Stack
+    begin, cost = LogisticMixer.begin, LogisticMixer.cost
+
+    def __init__(self, first: LogisticMixer, second: LogisticMixer) -> None:
+        self.mixers, self.vocab = (first, second), first.vocab
+        self.behind: Future | None = None  # what the second one still reads
+
+    @property
+    def state(self) -> tuple[np.ndarray, ...]:
+        """That of both."""
+        first, second = self.both()
+        return (*first.state, *second.state)
+
+    @property
+    def learned(self) -> int:
+        """Tokens learned so far."""
+        return self.mixers[0].learned
+
+    def both(self) -> tuple[LogisticMixer, LogisticMixer]:
+        """The mixers, once they have read the same text."""
+        behind, self.behind = self.behind, None
+        if behind:
+            behind.result()
+        return self.mixers
+
+    def code(
+        self, tokens: np.ndarray, logs: np.ndarray | None = None,
+        coder: AnyCoder | None = None,
+    ) -> np.ndarray:  # fmt: skip
+        """See `LogisticMixer.code`. A Coder has the first mixer's code, a Stack that of both."""
+        if isinstance(coder, Coder):
+            return self.code_first(tokens, coder)
+        if isinstance(coder, Stack):
+            each = None if logs is None else logs[:, None]
+            nats = [self.code_token(tokens[i : i + 1], None if logs is None else each[i], coder)
+                    for i in range(len(tokens))]  # fmt: skip
+            return np.concatenate(nats or [np.zeros((0, 2))])
+        first, second = self.both()
+        if len(tokens) < 64:  # for which a thread does not pay
+            nats = first.code(tokens, logs), second.code(tokens, logs)
+        else:
+            other = second_thread().submit(second.code, tokens, logs)
+            nats = first.code(tokens, logs), other.result()
+        return mean_nats(*nats)
+
+    def code_first(self, tokens: np.ndarray, coder: Coder) -> np.ndarray:
+        """Let the first mixer code tokens, and the second one read them meanwhile, or next."""
+        first, second = self.both()
+        if coder.mode == ENCODE:
+            self.behind = second_thread().submit(second.code, tokens)
+            return first.code(tokens, None, coder)
+        nats = first.code(tokens, None, coder)
+        self.behind = second_thread().submit(second.code, tokens.copy())
+        return nats
+
+    def code_token(self, token: np.ndarray, logs: np.ndarray | None, stack: Stack) -> np.ndarray:
+        """Write or read a token (1,): see `Stack`."""
+        mixers = self.both()
+        if not stack.reads:
+            nats = [mixer.code(token, logs) for mixer in mixers]
+            paths = np.stack([mixer.now["path"][0] for mixer in mixers])
+            stack.note(paths, second_share(*nats))
+            return mean_nats(*nats)
+        which = stack.choice()
+        nats = {which: mixers[which].code(token, logs, stack)}
+        nats[1 - which] = mixers[1 - which].code(token, logs)
+        stack.give_back(which, second_share(nats[0], nats[1]))
+        return mean_nats(nats[0], nats[1])
+
+    def start_weighing(self) -> None:
+        for mixer in self.both():
+            mixer.start_weighing()
+
+    def worth(self) -> dict[str, float]:
+        one, two = (mixer.worth() for mixer in self.both())
+        return {name: (one[name] + two[name]) / 2 for name in one}
+
+    def text_sha256(self) -> str:
+        """SHA-256 of all tokens so far, as little-endian int32."""
+        return self.mixers[0].text_sha256()
+
+    def restore(self, saved: tuple[np.ndarray, ...]) -> None:
+        """See `LogisticMixer.restore`."""
+        first, second = self.both()
+        first.restore(saved[: len(Past._fields)])
+        second.restore(saved[len(Past._fields) :])
+
+
+Mixer = LogisticMixer | MixerPair
+
+
+def mean_nats(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Nats of two models -> nats by the mean of their probabilities."""
+    return math.log(2) - np.logaddexp(-a, -b)
+
+
+def second_share(first: np.ndarray, second: np.ndarray) -> int:
+    """The second mixer's share of a token's probability, in 65,536ths, by the nats (1, 2)."""
+    gap = min(max(second[0, 1] - first[0, 1], -30), 30)
+    return min(max(round(65536 / (1 + math.exp(gap))), 1), 65535)
+
+
 def new_context_model(
-    cfg: Knobs, tokenizer: Tokenizer, leaf: np.ndarray | None, capacity: int, memory_mb: int = 0
+    cfg: Knobs, tokenizer: Tokenizer, leaves: np.ndarray | None, capacity: int, memory_mb: int = 0
 ) -> ContextModel:
-    """MIXER's context model for a text of `capacity` tokens; it has seen nothing yet."""
+    """MIXER's context model for a text of `capacity` tokens; it has seen nothing yet.
+
+    leaves: (1 or 2, V), the mixers' trees.
+    """
     if cfg.mixer == "off":
         return ContextModel()
     if cfg.mixer == "backoff":
         alpha = None if cfg.ngram_alpha == "auto" else float(cfg.ngram_alpha)
         order, smoothing, bos = cfg.ngram_max_order, cfg.ngram_smoothing, max(tokenizer.bos, 0)
         return BackoffMixer(tokenizer.vocab, bos, order, smoothing, alpha, capacity)
-    memory_mb = memory_mb or cfg.mixer_memory_mb
-    return LogisticMixer(tokenizer, leaf, capacity, memory_mb, cfg.mixer_size)
+    memory_mb = max((memory_mb or cfg.mixer_memory_mb) // len(leaves), 1)
+    mixers = [LogisticMixer(tokenizer, leaf, capacity, memory_mb, cfg.mixer_size)
+              for leaf in leaves]  # fmt: skip
+    return MixerPair(*mixers) if len(mixers) == 2 else mixers[0]
 
 
 # ==================================================================================================
@@ -4887,7 +5129,7 @@ def new_context_model(
 # ==================================================================================================
 
 PACK_CHUNK = 1 << 14  # tokens per call of the kernel
-TREE_TOKENS = 4_000_000  # that the mixer's tree is made of, at most
+TREE_TOKENS = 1 << 24  # that a tree is made of, at most
 MESSAGE_TOKENS = 256  # of validation text, coded by the mixer that packed: see EVALUATION
 
 
@@ -4908,12 +5150,12 @@ class Packer:
         self.error: Exception | None = None
         self.ended = threading.Event()  # an interrupted `join` takes a thread for one that ended
         self.ended.set()
-        self.mixer: LogisticMixer | None = None
-        self.leaf = np.arange(tokenizer.vocab)
+        self.mixer: Mixer | None = None
+        self.leaves = np.tile(np.arange(tokenizer.vocab), (tree_count(cfg.mixer_size), 1))
         self.coder = Coder()
         self.count = 0
         self.lock = threading.Lock()  # held while a chunk is coded
-        LogisticMixer(tokenizer, self.leaf, 1, 1).begin(0)  # compiled before the clock starts
+        LogisticMixer(tokenizer, self.leaves[0], 1, 1).begin(0)  # compiled before the clock starts
 
     def start(self, spent_s: float, keeper: Keeper | None = None) -> None:
         """Begin, `spent_s` after MAX_WALLCLOCK_SECONDS started.
@@ -4957,10 +5199,11 @@ class Packer:
             left -= len(parts[-1])
         text = np.concatenate(parts)
         if not self.count:
-            self.leaf = token_tree(text[:TREE_TOKENS], self.tokenizer.vocab)
+            size = self.cfg.mixer_size
+            self.leaves = token_trees(text[:TREE_TOKENS], self.tokenizer.vocab, size)
         text = text[: int(self.budget / 0.3)]  # a token takes more than 0.3 bytes
         room = len(text) + MESSAGE_TOKENS + 1
-        self.mixer = new_context_model(self.cfg, self.tokenizer, self.leaf, room)
+        self.mixer = new_context_model(self.cfg, self.tokenizer, self.leaves, room)
         for at in range(0, self.count, PACK_CHUNK):  # coded before a checkpoint: it has the code
             self.mixer.code(text[at : min(at + PACK_CHUNK, self.count)].astype(np.int64))
         while self.time_left() > 0:
@@ -4991,14 +5234,14 @@ class Packer:
             if not self.count:
                 return {}
             seconds = self.seconds if self.ended.is_set() else time.perf_counter() - self.begin
-            parts = {"leaf": self.leaf, "count": np.array(self.count), "coder": self.coder.state,
-                     "seconds": np.array(seconds),
+            parts = {"leaves": self.leaves, "count": np.array(self.count),
+                     "coder": self.coder.state, "seconds": np.array(seconds),
                      "code": np.frombuffer(bytes(self.coder.out), np.uint8)}  # fmt: skip
             return {"packed": {name: mx.array(part) for name, part in parts.items()}}
 
     def set_state(self, parts: Arrays) -> None:
         """Go on from what `state` kept, before `start`."""
-        self.leaf, self.coder.state = np.array(parts["leaf"]), np.array(parts["coder"])
+        self.leaves, self.coder.state = np.array(parts["leaves"]), np.array(parts["coder"])
         self.count, self.coder.out = parts["count"].item(), bytearray(np.array(parts["code"]))
         self.seconds = parts["seconds"].item()
 
@@ -5007,12 +5250,12 @@ class Packer:
         self.wait()
         room = MESSAGE_TOKENS + 1
         if not self.mixer:
-            self.mixer = new_context_model(self.cfg, self.tokenizer, self.leaf, room)
+            self.mixer = new_context_model(self.cfg, self.tokenizer, self.leaves, room)
         digest = self.mixer.text_sha256()
-        return PackedText(self.leaf, self.count, digest, self.coder.finish())
+        return PackedText(self.leaves, self.count, digest, self.coder.finish())
 
 
-def unpack(mixer: LogisticMixer, packed: PackedText, label: str) -> None:
+def unpack(mixer: Mixer, packed: PackedText, label: str) -> None:
     """Prime a mixer by decoding an artifact's text. Raises AuditFailed if it is not that text."""
     coder, show = Coder(packed.code), show_progress(label)
     for at in range(0, packed.token_count, PACK_CHUNK):
@@ -5138,7 +5381,7 @@ def ahead(parts: Parts) -> Parts:
 
 
 def cost_tokens(
-    rows: Parts, known: np.ndarray, context_model: ContextModel, coder: Coder | None = None
+    rows: Parts, known: np.ndarray, context_model: ContextModel, coder: AnyCoder | None = None
 ) -> Parts:
     """The one scoring loop: the net's rows -> (first target, (m, 3) nats: net, contexts, mixed).
 
@@ -5213,7 +5456,7 @@ def check_message(
         raise AuditFailed("message", f"decoded token {wrong[0] - 1} is not the text's")
     decoded, size = float(nats[:, 2].sum()) / math.log(2), 8 * len(code)
     for claim in (decoded, bits):
-        if not (math.isfinite(claim) and abs(size - claim) <= 0.01 * claim + 16):
+        if not (math.isfinite(claim) and abs(size - claim) <= 0.01 * claim + 32):
             raise AuditFailed("message", f"{size} bits for a claim of {claim:.1f}")
     return f"{len(nats)} tokens decoded from {len(code)} bytes, {decoded / 8:.1f} claimed"
 
@@ -5241,14 +5484,22 @@ def load_net(cfg: Knobs, path: Path, artifact: Artifact) -> GPT:
     return model
 
 
-def prime_contexts(cfg: Knobs, artifact: Artifact, tokens: int) -> ContextModel:
-    """A context model for so many tokens, which has read the artifact's text and nothing else."""
+def prime_contexts(
+    cfg: Knobs, artifact: Artifact, tokens: int, first: bool = False
+) -> ContextModel:  # fmt: skip
+    """A context model for so many tokens, which has read the artifact's text and nothing else.
+
+    first: of two mixers, the first one alone.
+    """
     packed, mib = artifact.packed if cfg.mixer == "logistic" else None, memory_limit() >> 20
     if packed and cfg.mixer_memory_mb > mib:
         raise UserError(f"MIXER_MEMORY_MB={cfg.mixer_memory_mb}: the artifact needs tables of so "
                         f"many MiB, and there are {mib:,}: MIXER=off needs none")  # fmt: skip
-    leaf, paid = (packed.leaf, packed.token_count) if packed else (None, 0)
-    context_model = new_context_model(cfg, artifact.tokenizer, leaf, tokens + paid)
+    leaves, paid = (packed.leaves, packed.token_count) if packed else (None, 0)
+    memory_mb = 0
+    if first and packed:
+        leaves, memory_mb = leaves[:1], cfg.mixer_memory_mb // len(leaves)
+    context_model = new_context_model(cfg, artifact.tokenizer, leaves, tokens + paid, memory_mb)
     if packed:
         unpack(context_model, packed, "priming")
     if context_model.learned != paid:
@@ -5316,8 +5567,8 @@ class Scoring:
         return code, facts, ""
 
     def code_message(
-        self, context_model: LogisticMixer, mode: str, code: bytes | None
-    ) -> tuple[np.ndarray, Parts, np.ndarray, Coder]:
+        self, context_model: Mixer, mode: str, code: bytes | None
+    ) -> tuple[np.ndarray, Parts, np.ndarray, AnyCoder]:
         """Score the first tokens: write their code, or decode the one that is given.
 
         Returns (the text (n,) int64 as it is then known, the net's rows of the rest, the first
@@ -5328,12 +5579,12 @@ class Scoring:
         if code is not None:
             cuts = range(1, count + 1)
             known[1 : count + 1] = known[0]  # all that a decoder has is the first token
-        rows, coder = self.rows(mode, known, cuts), Coder(code)
+        rows, coder = self.rows(mode, known, cuts), context_model.coder(code)
         first = itertools.islice(rows, len(cuts))
         nats = [part for _, part in cost_tokens(first, known, context_model, coder)]
         return known, rows, np.concatenate(nats), coder
 
-    def write_message(self, nats: np.ndarray, coder: Coder) -> str:
+    def write_message(self, nats: np.ndarray, coder: AnyCoder) -> str:
         """Write what `code_message` has coded; returns a line that says so."""
         path, bits = self.path.with_name("message.bin"), float(nats[:, 2].sum()) / math.log(2)
         header = json.dumps({**self.message_facts(), "bits": bits}).encode()
@@ -5443,8 +5694,8 @@ class Audit:
     def small_model(self, text: np.ndarray) -> ContextModel:
         """A small context model that has seen nothing but the text's first token."""
         packed = self.scoring.artifact.packed
-        leaf, room = packed.leaf if packed else None, len(text) + 1
-        small = new_context_model(self.cfg, self.tokenizer, leaf, room, AUDIT_MEMORY_MB)
+        leaves, room = packed.leaves if packed else None, len(text) + 1
+        small = new_context_model(self.cfg, self.tokenizer, leaves, room, AUDIT_MEMORY_MB)
         small.begin(int(text[0]))
         return small
 
@@ -5628,10 +5879,10 @@ def walk_tree(mixer, still, row, logs, fresh):
 class Predictor:
     """The primed mixer, the net, or both together, on a text that comes token by token."""
 
-    def __init__(self, mixer: LogisticMixer | None, net: NetReader | None) -> None:
+    def __init__(self, mixer: Mixer | None, net: NetReader | None) -> None:
         self.mixer, self.net = mixer, net
 
-    def code(self, tokens: np.ndarray, coder: Coder | None = None) -> None:
+    def code(self, tokens: np.ndarray, coder: AnyCoder | None = None) -> None:
         """Read tokens (m,) int64; with a coder write their code, or decode them in place."""
         if not self.net:
             self.mixer.code(tokens, None, coder)
@@ -5651,7 +5902,13 @@ class Predictor:
         """
         if not self.mixer:
             return self.net.logs
-        mixer, leaves = self.mixer, len(self.mixer.fixed.token)
+        if isinstance(self.mixer, MixerPair):
+            return -mean_nats(*(-self.at_rest(mixer) for mixer in self.mixer.both()))
+        return self.at_rest(self.mixer)
+
+    def at_rest(self, mixer: LogisticMixer) -> np.ndarray:
+        """ln P (V,) by one mixer."""
+        leaves = len(mixer.fixed.token)
         row = mixer.hear(self.net.logs) if self.net else np.zeros(0, np.uint32)
         still = mixer.state._replace(slots=np.zeros((SLOTS, 8), np.uint32),
                                      candidates=np.zeros((CANDIDATES, 8), np.uint32))  # fmt: skip
@@ -5817,9 +6074,9 @@ def checksum_of(chunks: Iterable[bytes]) -> tuple[int, int]:
     return crc, size
 
 
-def machine_mark(cfg: Knobs) -> bytes:
-    """2 bytes that are others where the net's numbers may be."""
-    facts = *numbers_made_by(cfg), *eval_shape(cfg, cfg.eval_mode)
+def machine_mark(cfg: Knobs, count: int) -> bytes:
+    """2 bytes that are others where the net's numbers may be, or the number of tokens is."""
+    facts = *numbers_made_by(cfg), *eval_shape(cfg, cfg.eval_mode), count
     return hashlib.sha256(repr(facts).encode()).digest()[:2]
 
 
@@ -5875,12 +6132,15 @@ class Use:
         raise UserError(f"TOKENIZER_PATH{where}: {self.path} wants the tokenizer whose SHA-256 "
                         f"begins with {facts.sha256[:8]}: set its path")  # fmt: skip
 
-    def predictor(self, tokens: int, contexts: bool, net: bool, stride: int) -> Predictor:
-        """Who predicts a text of so many tokens; stride: see `NetReader`."""
+    def predictor(
+        self, tokens: int, contexts: bool, net: bool, stride: int, first: bool = False
+    ) -> Predictor:  # fmt: skip
+        """Who predicts a text of so many tokens; stride: see `NetReader`, first: see
+        `prime_contexts`."""
         model, mixer = load_net(self.cfg, self.path, self.artifact), None
         try:
             if contexts:
-                mixer = prime_contexts(self.cfg, self.artifact, tokens)
+                mixer = prime_contexts(self.cfg, self.artifact, tokens, first)
         except MemoryError:
             raise UserError(f"no memory for a text of {tokens:,} tokens") from None
         length = eval_shape(self.cfg)[0]
@@ -5921,7 +6181,8 @@ class Use:
         if not self.artifact.packed:
             raise UserError(f"{self.path}: made without MIXER=logistic, it codes no files")
         stride = eval_shape(self.cfg, self.cfg.eval_mode)[1]
-        predictor = self.predictor(tokens + 1, True, bool(flags & NET_TOO), stride)
+        net = bool(flags & NET_TOO)  # without it one mixer codes, which is as fast as it reads
+        predictor = self.predictor(tokens + 1, True, net, stride, first=not net)
         if not flags & SHARD:
             predictor.code(np.array([self.bos], np.int64))
         return predictor
@@ -5950,7 +6211,7 @@ class Use:
         code, speed = self.encode(parts, flags)
         count = sum(map(len, parts))
         length = (count.bit_length() + 7) // 8
-        mark, digest = machine_mark(cfg) if cfg.with_net else b"", file_sha256(self.path)
+        mark, digest = machine_mark(cfg, count) if cfg.with_net else b"", file_sha256(self.path)
         head = TGK.pack(TGK_MAGIC, flags | length << 4, bytes.fromhex(digest[:8]), crc)
         out = head + count.to_bytes(length, "little") + mark + code
         with whole_file(target) as temporary:
@@ -5968,8 +6229,8 @@ class Use:
     def encode(self, parts: list[np.ndarray], flags: int) -> tuple[bytes, float]:
         """Tokens in parts -> (their arithmetic code, tokens per second)."""
         count, done = sum(map(len, parts)), 0
-        predictor, coder = self.coding_predictor(count, flags), Coder()
-        show = show_progress("coding")
+        predictor = self.coding_predictor(count, flags)
+        coder, show = predictor.mixer.coder(), show_progress("coding")
         begin = time.perf_counter()
         for part in parts:
             for at in range(0, len(part), PACK_CHUNK):
@@ -5980,19 +6241,16 @@ class Use:
         return coder.finish(), count / (time.perf_counter() - begin)
 
     def decode(self, code: bytes, count: int, flags: int) -> Iterator[np.ndarray]:
-        """The tokens of a code, in parts. Raises UserError where it ends too early or too late.
-
-        A decoder's window of 4 bytes ends 3 bytes behind the code's last one.
-        """
-        predictor, coder = self.coding_predictor(count, flags), Coder(code)
-        show, done = show_progress("restoring"), 0
-        while done < count and coder.state[3] <= len(code) + 3:
+        """The tokens of a code, in parts. Raises UserError where it ends too early or too late."""
+        predictor = self.coding_predictor(count, flags)
+        coder, show, done = predictor.mixer.coder(code), show_progress("restoring"), 0
+        while done < count and coder.surplus() <= 0:
             tokens = np.zeros(min(PACK_CHUNK, count - done), np.int64)
             predictor.code(tokens, coder)
             done += len(tokens)
             show(done, count, "")
             yield tokens
-        if coder.state[3] != len(code) + 3:
+        if coder.surplus():
             raise UserError(f"FILE={self.cfg.file}: damaged, or cut short: copy it again")
 
     def restore(self) -> None:
@@ -6026,7 +6284,7 @@ class Use:
         # A token takes 0.00002 bits or more: what says that there are more tokens is wrong.
         if flags & 8 or end >= len(raw) or count > len(raw) << 19:
             raise UserError(f"{file}: damaged, or cut short: copy it again")
-        if flags & NET_TOO and raw[at:end] != machine_mark(self.cfg):
+        if flags & NET_TOO and raw[at:end] != machine_mark(self.cfg, count):
             raise UserError(f"{file}: compressed with WITH_NET=1 on another machine, with "
                             "another MLX or other EVAL_ settings: the net's numbers are not the "
                             "same here")  # fmt: skip
@@ -6121,9 +6379,10 @@ def estimate_memory(
     vocab = params["tok_emb"].shape[0]
     copies = sum(p.size for p in params.values()) * 4 * (7 + len(microbatches))
     nodes = val_tokens * (cfg.ngram_max_order + 1)  # at most, each with up to four slots
-    rows = sum(set_sizes(vocab, cfg.mixer_memory_mb))
-    tables = (cfg.mixer_memory_mb << 20) + 2 * rows * WIDTH * 4
-    tables += 2 * (vocab + (1 << 18)) * 33 * 4 + (1 << 26)  # refining maps, the match
+    trees = tree_count(cfg.mixer_size)
+    rows = sum(set_sizes(vocab, cfg.mixer_memory_mb // trees))
+    tables = 2 * rows * WIDTH * 4 + 2 * (vocab + (1 << 18)) * 33 * 4  # weights and refining maps
+    tables = trees * (tables + (1 << 26)) + (cfg.mixer_memory_mb << 20)  # the match, contexts
     mixer = {"logistic": tables, "backoff": nodes * (NODE.itemsize + 16)}
     net = copies + activation_bytes(cfg, vocab, sum(microbatches) * cfg.train_seq_len)
     pairs = 8 * vocab**2 if cfg.complement_alpha else 0
@@ -6388,7 +6647,7 @@ def check_text(
     return dataclasses.replace(text, overlap=(documents, tokens))
 
 
-def write_first_message(cfg: Knobs, mixer: LogisticMixer, path: Path, folder: Path) -> None:
+def write_first_message(cfg: Knobs, mixer: Mixer, path: Path, folder: Path) -> None:
     """Write the message of an artifact by the mixer that has coded its text."""
     with make_workers(cfg) as workers:  # as the scoring program makes them: rows must be equal
         scoring = Scoring.load(cfg, path, folder, workers)

@@ -100,7 +100,7 @@ def written(tmp_path):
     return path, params, cfg, tokenizer
 
 
-PACKED = t.PackedText(np.random.default_rng(3).permutation(50), 7, "ab12", bytes(range(200)))
+PACKED = t.PackedText(np.random.default_rng(3).permutation(50)[None], 7, "ab12", bytes(range(200)))
 
 
 def test_round_trip(written):
@@ -138,7 +138,7 @@ def test_packed_text_comes_back_beside_the_same_model(written):
         model_bytes = struct.unpack_from("<Q", raw, 42)[0]
         assert raw[50 + model_bytes :] == packed.code  # as it is: a code cannot be compressed
         read = t.read_artifact(path)
-        np.testing.assert_array_equal(read.packed.leaf, packed.leaf)
+        np.testing.assert_array_equal(read.packed.leaves, packed.leaves)
         assert (read.packed.token_count, read.packed.code) == (packed.token_count, packed.code)
         for name in ("piece_bytes", "leading", "control"):
             np.testing.assert_array_equal(getattr(read.tokenizer, name), getattr(tokenizer, name))
@@ -152,11 +152,11 @@ def test_a_tree_with_a_right_side_alone_is_refused(written, level):
     """At any level: a decoder that goes left there would find no token."""
     path, params, cfg, tokenizer = written
     leaf = np.arange(50)  # of 256: the left ones
-    good = t.dataclasses.replace(PACKED, leaf=leaf)
+    good = t.dataclasses.replace(PACKED, leaves=leaf[None])
     leaf = leaf + 64 * (leaf >> level == 0) if level < 6 else leaf | 1 << level
     t.write_artifact(path, params, t.group_parameters(list(params)), cfg, tokenizer, good)
     t.read_artifact(path)
-    bad = t.dataclasses.replace(PACKED, leaf=leaf)
+    bad = t.dataclasses.replace(PACKED, leaves=leaf[None])
     t.write_artifact(path, params, t.group_parameters(list(params)), cfg, tokenizer, bad)
     with pytest.raises(t.UserError, match="right side alone"):
         t.read_artifact(path)
@@ -353,7 +353,7 @@ def test_an_export_says_where_the_bytes_of_the_net_go(tmp_path):
     cfg, facts = tiny_knobs(), made_up_tokenizer()
     params = dict(t.tree_flatten(random_model().parameters()))
     groups = t.group_parameters(list(params))
-    text = t.PackedText(np.arange(facts.vocab), 5, "", b"0123456789")
+    text = t.PackedText(np.arange(facts.vocab)[None], 5, "", b"0123456789")
     made = t.write_artifact(tmp_path / "a", params, groups, cfg, facts, text)
     parts = made["group_bytes"]
     assert sum(parts.values()) == made["model_bytes"] - 10 and min(parts.values()) > 0

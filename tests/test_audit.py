@@ -37,7 +37,7 @@ def audit_of(env, text):
     """The audit of an artifact in memory, with no text packed."""
     cfg, model = settings(**env), random_model(**env)
     leaf = np.random.default_rng(3).permutation(VOCAB)
-    packed = t.PackedText(leaf, 0, hashlib.sha256(b"").hexdigest(), b"")
+    packed = t.PackedText(leaf[None], 0, hashlib.sha256(b"").hexdigest(), b"")
     packed = packed if cfg.mixer == "logistic" else None
     artifact = t.Artifact({}, made_up_tokenizer(), {}, packed)
     return t.Audit(t.Scoring(cfg, Path("no file"), artifact, model, text, WORKERS))
@@ -48,7 +48,7 @@ def pack_text(room=400):
     tokenizer, leaf = made_up_tokenizer(), np.random.default_rng(3).permutation(VOCAB)
     mixer, coder = t.LogisticMixer(tokenizer, leaf, room + 500, 2), t.Coder()
     mixer.code(made_up_text(room, seed=99).tokens.astype(np.int64), None, coder)
-    return mixer, t.PackedText(leaf, room, mixer.text_sha256(), coder.finish())
+    return mixer, t.PackedText(leaf[None], room, mixer.text_sha256(), coder.finish())
 
 
 def write_run(folder, env, shards=(300,), packed=None):

@@ -5,6 +5,7 @@ import dataclasses
 import decimal
 import functools
 import hashlib
+import itertools
 import math
 from fractions import Fraction
 from types import SimpleNamespace
@@ -723,6 +724,125 @@ def test_the_hashed_map_knows_the_token_before():
 
 
 # --------------------------------------------------------------------------------------------------
+# Two trees
+
+
+def pair(vocab=50, capacity=1000):
+    first, second = shuffled(vocab), shuffled(vocab)[::-1].copy()
+    return t.MixerPair(*(t.LogisticMixer(facts(vocab), x, capacity, 1) for x in (first, second)))
+
+
+@pytest.mark.parametrize("kind", ["uniform", "extreme"])
+def test_a_stack_gives_back_what_was_put_there_last(kind):
+    """And holds it in as many bits as it is worth."""
+    rng, n = np.random.default_rng(2), 3000
+    p = rng.integers(1, 65536, n) if kind == "uniform" else rng.choice([1, 2, 65534, 65535], n)
+    bits = (rng.integers(0, 65536, n) < p).astype(int)
+    state, buffer = np.array([t.Stack.FIRST, 0], np.uint64), np.zeros(3 * n, np.uint8)
+    for probability, bit in zip(p.tolist(), bits.tolist(), strict=True):
+        t.push_bit(state, buffer, probability, bit)
+    worth = -np.log2(np.where(bits, p, 65536 - p) / 65536).sum()
+    held = 8 * int(state[1]) + math.log2(int(state[0])) - 16
+    assert worth - 1 < held < worth * 1.001 + 17
+    for probability, bit in zip(p.tolist()[::-1], bits.tolist()[::-1], strict=True):
+        assert t.pop_bit(state, buffer, probability) == bit
+    assert state.tolist() == [t.Stack.FIRST, 0]
+
+
+@pytest.mark.parametrize("with_net", [False, True])
+def test_a_pair_costs_the_mean_of_its_mixers_probabilities(with_net):
+    """Whether a thread helps or not, and however the text is cut."""
+    text, logs, two = some_text(400), rows(400, 50) if with_net else None, pair()
+    alone = [m.code(text, logs) for m in pair().mixers]
+    want = -np.log(np.mean(np.exp([-nats for nats in alone]), axis=0))
+    cuts = [0, 150, 160, 161, 400]
+    parts = [
+        two.code(text[a:b], None if logs is None else logs[a:b])
+        for a, b in itertools.pairwise(cuts)
+    ]
+    np.testing.assert_allclose(np.concatenate(parts), want, rtol=1e-12)
+    assert two.learned == 400 and len(two.state) == 2 * len(t.Past._fields)
+
+
+@pytest.mark.parametrize("with_net", [False, True])
+def test_a_pairs_code_is_as_long_as_it_costs(with_net):
+    """And is read back one token at a time, or more."""
+    text, logs = some_text(500), rows(500, 50) if with_net else None
+    writer, reader, scorer = pair(), pair(), pair()
+    stack, read = t.Stack(), np.zeros(500, np.int64)
+    nats = writer.code(text, logs, stack)
+    code = stack.finish()
+    assert (nats == scorer.code(text, logs)).all()
+    bits = nats[:, 1].sum() / math.log(2)
+    assert bits - 8 < 8 * len(code) < 1.001 * bits + 32  # the choices alone are 500 bits
+    stack = t.Stack(code)
+    for a, b in itertools.pairwise([0, 1, 2, 90, 500]):
+        assert stack.surplus() < 0
+        part = None if logs is None else logs[a:b]
+        assert (reader.code(read[a:b], part, stack) == nats[a:b]).all()
+    assert (read == text).all() and stack.surplus() == 0
+    assert_same_state_pair(reader, scorer)
+
+
+def assert_same_state_pair(a, b):
+    for one, two in zip(a.both(), b.both(), strict=True):
+        assert_same_state(one, two)
+
+
+def test_a_stack_that_is_cut_or_changed_is_not_used_up():
+    text, stack = some_text(200), t.Stack()
+    pair().code(text, None, stack)
+    code = stack.finish()
+    for bad in (code[:-1], code[1:], code + b"\x01", bytes([code[0] ^ 4]) + code[1:]):
+        stack = t.Stack(bad)
+        pair().code(np.zeros(200, np.int64), None, stack)
+        assert stack.surplus() < 0
+
+
+@pytest.mark.parametrize("decodes", [False, True])
+def test_packed_text_is_the_first_mixers_code(decodes):
+    """The second one reads along, and is not behind when it is asked."""
+    text, packer, alone = some_text(900), pair(), pair()
+    coder, only = t.Coder(), t.Coder()
+    for part in np.array_split(text, 3):
+        packer.code(part, None, coder)
+    alone.mixers[0].code(text, None, only)
+    alone.mixers[1].code(text)
+    code = coder.finish()
+    assert code == only.finish()
+    if decodes:
+        packer, coder = pair(), t.Coder(code)
+        read = np.zeros(900, np.int64)
+        for a in range(0, 900, 300):
+            packer.code(read[a : a + 300], None, coder)
+            read[:a] = 1  # what was given back may be used for something else
+        assert packer.text_sha256() == alone.text_sha256()
+    assert_same_state_pair(packer, alone)
+
+
+def test_a_pair_goes_back_to_what_was_saved():
+    two, text = pair(), some_text(300)
+    two.code(text[:200], rows(200, 50))
+    saved = two.save()
+    before = [m.text_sha256() for m in two.mixers]
+    for size in (1, 70):
+        nats = two.code(text[200 : 200 + size], rows(size, 50))
+        two.restore(saved)
+        assert [m.text_sha256() for m in two.mixers] == before
+        assert (two.code(text[200 : 200 + size], rows(size, 50)) == nats).all()
+        two.restore(saved)
+
+
+def test_an_expert_of_a_pair_is_worth_what_it_is_worth_to_both():
+    two, text = pair(), some_text(300)
+    two.start_weighing()
+    two.code(text)
+    one, other = (m.worth() for m in two.mixers)
+    assert one != other
+    assert two.worth() == {name: (one[name] + other[name]) / 2 for name in one}
+
+
+# --------------------------------------------------------------------------------------------------
 # The tree
 
 
@@ -782,7 +902,7 @@ def test_packed_text_fits_and_is_the_texts_beginning(vocab, budget):
     beginning = text[: packed.token_count].astype("<i4").tobytes()
     assert packed.sha256 == hashlib.sha256(beginning).hexdigest()
     room = len(packer.mixer.state.history) - 1
-    decoded = t.LogisticMixer(facts(vocab), packed.leaf, room, 1, packer.cfg.mixer_size)
+    decoded = t.LogisticMixer(facts(vocab), packed.leaves[0], room, 1, packer.cfg.mixer_size)
     t.unpack(decoded, packed, "")
     assert decoded.learned == packed.token_count
     assert_same_state(decoded, packer.mixer)
@@ -803,7 +923,7 @@ def test_text_that_is_not_what_was_packed_is_caught():
     """As on a machine whose arithmetic differs in the last bit."""
     text, m, coder = some_text(900), mixer(), t.Coder()
     m.code(text, None, coder)
-    packed = t.PackedText(shuffled(50), 900, m.text_sha256(), coder.finish())
+    packed = t.PackedText(shuffled(50)[None], 900, m.text_sha256(), coder.finish())
     assert m.text_sha256() == hashlib.sha256(text.astype("<i4").tobytes()).hexdigest()
     t.unpack(mixer(), packed, "")
     other = mixer()

@@ -387,7 +387,7 @@ each_model = pytest.mark.parametrize("name", MODELS)
 def new_model(name, tokenizer, leaf, text):
     """A context model that has begun with the text's first token."""
     cfg = tiny_knobs(**MODELS[name], MIXER_MEMORY_MB=1)
-    model = t.new_context_model(cfg, tokenizer, leaf, len(text) + 1)
+    model = t.new_context_model(cfg, tokenizer, leaf[None], len(text) + 1)
     model.begin(int(text[0]))
     return model
 

@@ -296,7 +296,7 @@ def make_artifact(folder, tokenizer_path, **env):
         leaf, coder = t.token_tree(text, facts.vocab), t.Coder()
         mixer = t.LogisticMixer(facts, leaf, len(text), cfg.mixer_memory_mb)
         mixer.code(text, None, coder)
-        packed = t.PackedText(leaf, len(text), mixer.text_sha256(), coder.finish())
+        packed = t.PackedText(leaf[None], len(text), mixer.text_sha256(), coder.finish())
     model = random_model(facts.vocab, **env)
     params = dict(t.tree_flatten(model.parameters()))
     path = folder / "artifact.bin"

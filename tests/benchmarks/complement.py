@@ -68,7 +68,7 @@ def main() -> None:
         packed = packer.finish()
         capacity = packed.token_count + len(text.tokens)
         mixer = t.LogisticMixer(
-            tokenizer, packed.leaf, capacity, cfg.mixer_memory_mb, cfg.mixer_size
+            tokenizer, packed.leaves[0], capacity, cfg.mixer_memory_mb, cfg.mixer_size
         )
         t.unpack(mixer, packed, "priming")
         primed = mixer.save()

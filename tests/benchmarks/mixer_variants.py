@@ -47,7 +47,7 @@ def variants(text: str) -> dict[str, tuple[str, dict[str, str]]]:
         table[name] = ("medium", change)
     rows = [line.split('"')[1] for line in text.splitlines() if line.startswith("    Context(")]
     for name in rows[4:]:  # the first four help to choose weights, by their place
-        table[f"without {name}"] = ("large", without(text, name))
+        table[f"without {name}"] = ("medium", without(text, name))
     return table
 
 
@@ -83,11 +83,12 @@ def measured(module: ModuleType, size: str, tokens: str, val_tokens: int) -> dic
     tokenizer = module.load_tokenizer(path)
     train = np.concatenate([module.Shard(p)[:] for p in module.find_shards(folder, "train")])
     val = module.load_validation(folder, tokenizer, val_tokens).tokens
-    leaf = module.token_tree(train[: module.TREE_TOKENS], tokenizer.vocab)
+    leaves = module.token_trees(train[: module.TREE_TOKENS], tokenizer.vocab, size)
     train, held_out = train[:-HELD_OUT].astype(np.int64), train[-HELD_OUT:]
     train = train[len(train) if tokens == "0" else 0 if tokens == "all" else -int(float(tokens)) :]
     room = len(train) + HELD_OUT + len(val)
-    mixer = module.LogisticMixer(tokenizer, leaf, room, cfg.mixer_memory_mb, size)
+    cfg = module.dataclasses.replace(cfg, mixer_size=size)
+    mixer = module.new_context_model(cfg, tokenizer, leaves, room)
     begin = time.perf_counter()
     for at in range(0, len(train), module.PACK_CHUNK):
         mixer.code(train[at : at + module.PACK_CHUNK])

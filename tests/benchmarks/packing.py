@@ -28,7 +28,9 @@ def pack_and_score(
     packer.start(0.0)
     packed = packer.finish()
     capacity = packed.token_count + len(text)
-    mixer = t.LogisticMixer(tokenizer, packed.leaf, capacity, cfg.mixer_memory_mb, cfg.mixer_size)
+    mixer = t.LogisticMixer(
+        tokenizer, packed.leaves[0], capacity, cfg.mixer_memory_mb, cfg.mixer_size
+    )
     t.unpack(mixer, packed, "priming")
     mixer.begin(int(text[0]))
     contexts, _ = mixer.code(text[1:].astype(np.int64)).sum(axis=0)
