@@ -2521,7 +2521,7 @@ def head_bytes(
     """What stands before the tensors: JSON header, byte table, the mixer's trees."""
     header = {"knobs": settings_of(cfg, *KEPT_SCOPES), "tensors": rows}
     header |= {"overlap": overlap} if overlap[0] else {}
-    header |= {"packed": [packed.token_count, packed.sha256]} if packed else {}
+    header |= {"packed": [packed.token_count, packed.sha256, len(packed.leaves)]} if packed else {}
     facts = ("sha256", "bos", "vocab", "dummy_prefix")
     header["tokenizer"] = {name: getattr(tokenizer, name) for name in facts}
     header["tokenizer"]["text"] = len(tokenizer.text)
@@ -2633,6 +2633,21 @@ def read_artifact(path: Path) -> Artifact:
         raise UserError(f"{path}: made by hand? {type(error).__name__}: {error}") from None
 
 
+def parse_packed(facts: list, raw: bytes, vocab: int, code: bytes) -> PackedText:
+    """The packed text of an artifact; raw: its trees, and more. Raises ValueError."""
+    count, digest, trees = facts
+    if not (type(count) is int and 0 <= count <= PACKED_TOKENS_MOST and trees in (1, 2)):
+        raise ValueError(f"{count} packed tokens, {trees} trees")
+    leaves = np.frombuffer(raw, "<u2", trees * vocab).astype(np.int64).reshape(trees, vocab)
+    if leaves.max() >> tree_levels(vocab) or any(len(np.unique(x)) < vocab for x in leaves):
+        raise ValueError("two tokens at one leaf of a mixer's tree")
+    for leaf, level in itertools.product(leaves, range(tree_levels(vocab))):
+        nodes = np.unique(leaf >> level)
+        if not np.isin(nodes & ~1, nodes).all():
+            raise ValueError("a node of a mixer's tree has a right side alone")
+    return PackedText(leaves, count, str(digest), code)
+
+
 def parse_artifact(path: Path, raw: bytes, code: bytes) -> Artifact:
     """Make sense of the model, decompressed, and the packed text's code.
 
@@ -2664,20 +2679,8 @@ def parse_artifact(path: Path, raw: bytes, code: bytes) -> Artifact:
     )
     packed, at = None, at + length
     if "packed" in header:
-        trees = tree_count(header["knobs"]["MIXER_SIZE"])
-        leaves = np.frombuffer(raw, "<u2", trees * vocab, at).astype(np.int64)
-        leaves = leaves.reshape(trees, vocab)
-        count, digest = header["packed"]
-        if not (type(count) is int and 0 <= count <= PACKED_TOKENS_MOST):
-            raise ValueError(f"{count} packed tokens")
-        if leaves.max() >> tree_levels(vocab) or any(len(np.unique(x)) < vocab for x in leaves):
-            raise ValueError("two tokens at one leaf of a mixer's tree")
-        for leaf, level in itertools.product(leaves, range(tree_levels(vocab))):
-            nodes = np.unique(leaf >> level)
-            if not np.isin(nodes & ~1, nodes).all():
-                raise ValueError("a node of a mixer's tree has a right side alone")
-        packed = PackedText(leaves, count, str(digest), code)
-        at += 2 * leaves.size
+        packed = parse_packed(header["packed"], raw[at:], vocab, code)
+        at += 2 * packed.leaves.size
     return Artifact(header, tokenizer, unpack_tensors(header["tensors"], raw[at:]), packed)
 
 
@@ -4595,6 +4598,8 @@ def code_bit(coder, p, bit):
 class Coder:
     """An arithmetic code that is being written, or with `data` being read."""
 
+    head_bytes = 0  # of the code, which say nothing
+
     def __init__(self, data: bytes | None = None) -> None:
         self.mode, self.out = ENCODE if data is None else DECODE, bytearray()
         self.buffer = np.frombuffer(bytearray(data or b""), np.uint8)
@@ -4636,7 +4641,7 @@ class Stack:
     arXiv:1311.2540), a number whose last digits are the newest. So a text is written from its end.
     """
 
-    FIRST = 1 << 16  # the number before anything is written
+    FIRST, head_bytes = 1 << 16, 2  # the number before anything is written
 
     def __init__(self, data: bytes | None = None) -> None:
         self.notes: list[tuple[np.ndarray, int]] = []  # of each token, see `note`
@@ -5445,20 +5450,21 @@ def score_net(
 
 
 def check_message(
-    code: bytes, bits: float, nats: np.ndarray, known: np.ndarray, text: np.ndarray
-) -> str:
+    size: int, bits: float, nats: np.ndarray, known: np.ndarray, text: np.ndarray
+) -> str:  # fmt: skip
     """The decoded text must be the true one, the code as long as both sides claim; says so.
 
-    bits: the encoder's claim; nats (m, 3): the decoder's costs; known, text: (n,) tokens.
+    size: bytes of code; bits: the encoder's claim; nats (m, 3): the decoder's costs; known, text:
+    (n,) tokens.
     """
     wrong = np.flatnonzero(known != text)
     if len(wrong):
         raise AuditFailed("message", f"decoded token {wrong[0] - 1} is not the text's")
-    decoded, size = float(nats[:, 2].sum()) / math.log(2), 8 * len(code)
+    decoded = float(nats[:, 2].sum()) / math.log(2)
     for claim in (decoded, bits):
-        if not (math.isfinite(claim) and abs(size - claim) <= 0.01 * claim + 32):
-            raise AuditFailed("message", f"{size} bits for a claim of {claim:.1f}")
-    return f"{len(nats)} tokens decoded from {len(code)} bytes, {decoded / 8:.1f} claimed"
+        if not (math.isfinite(claim) and abs(8 * size - claim) <= 0.01 * claim + 16):
+            raise AuditFailed("message", f"{8 * size} bits for a claim of {claim:.1f}")
+    return f"{len(nats)} tokens decoded from {size} bytes, {decoded / 8:.1f} claimed"
 
 
 def load_net(cfg: Knobs, path: Path, artifact: Artifact) -> GPT:
@@ -5620,8 +5626,10 @@ class Scoring:
         if code is None:
             known = self.text.tokens.astype(np.int64)
             return known, self.rows(mode, known), np.zeros((0, 3)), line
-        known, rows, nats, _ = self.code_message(context_model, mode, code)
-        line = check_message(code, facts["bits"], nats, known, self.text.tokens)
+        known, rows, nats, coder = self.code_message(context_model, mode, code)
+        line = check_message(
+            len(code) - coder.head_bytes, facts["bits"], nats, known, self.text.tokens
+        )
         return known, rows, nats, line
 
     def kept(self, costs: Parts) -> Parts:
