@@ -482,14 +482,13 @@ def knobs_from_env(
 
     `kept`, the settings of an artifact as an environment would have them, takes the preset's place.
     """
-    aliases = {f.name.upper(): f.metadata["alias"] for f in dataclasses.fields(Knobs)}
-    kept_here = {n: v for n, v in (kept or {}).items() if not env.get(aliases.get(n, ""))}
-    (given, problems), (unknown, misspelt) = parse_env({**kept_here, **env}), check_names(env)
+    (given, problems), (unknown, misspelt) = parse_env(env), check_names(env)
     warnings = [*misspelt]
     preset = given.pop("preset", "auto")
     if preset == "auto":
         preset = "cpu" if guess_device(given.get("device", "auto")) == "cpu" else "mac"
-    cfg = Knobs(**{"preset": preset, **(preset_values(preset) if kept is None else {}), **given})
+    usual = preset_values(preset) if kept is None else parse_env(kept)[0]
+    cfg = Knobs(**{"preset": preset, **usual, **given})
     if not cfg.ngram_mixer_enabled:
         if given.get("mixer", "off") != "off":
             warnings.append(f"MIXER={cfg.mixer} has no effect with NGRAM_MIXER_ENABLED=0")
@@ -624,6 +623,7 @@ def end_with(lines: str, status: int) -> None:
 
 if __name__ == "__main__":  # help and bad settings come before anything heavy is loaded
     interrupts.listen()
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115  it may have been closed
     for stream in filter(None, (sys.stdout, sys.stderr)):
         stream.reconfigure(errors="backslashreplace")
     if {"-h", "--help"} & set(sys.argv):
@@ -1585,7 +1585,7 @@ def show_progress(label: str, every_s: float = 10.0, unit: str = "tokens") -> Pr
         now = time.perf_counter()
         if not begin:
             begin.extend((now, done))
-        elif sys.stdout.isatty():
+        elif sys.stdout.isatty() and importlib.util.find_spec("tqdm"):
             show_live(label, done, total, note)
         elif now > due and done > begin[1]:
             due, left = now + every_s, (now - begin[0]) * (total - done) / (done - begin[1])
@@ -1596,10 +1596,7 @@ def show_progress(label: str, every_s: float = 10.0, unit: str = "tokens") -> Pr
 
 def show_live(label: str, done: int, total: int, note: str) -> None:
     """Move the terminal's live line, which ends when all is done."""
-    try:
-        from tqdm import tqdm
-    except ImportError:
-        return
+    from tqdm import tqdm
 
     if LIVE and LIVE[0].desc != label:
         LIVE.pop().close()
@@ -5172,12 +5169,9 @@ class Packer:
         self.deadline = self.begin + (self.cfg.max_wallclock_seconds or math.inf) - spent_s
         self.begin -= self.seconds
         self.workers.reserved = 1
-        self.ended.clear()
-        try:
+        with interrupts.held():  # a thread half started would be taken for one that has ended
+            self.ended.clear()
             threading.Thread(target=self.run, daemon=True).start()
-        except BaseException:
-            self.ended.set()
-            raise
         if not self.cfg.max_wallclock_seconds:
             self.wait(keeper)
 
@@ -5198,7 +5192,7 @@ class Packer:
 
     def pack(self) -> None:
         """Code the training text, chunk by chunk, until it, the bytes or the time run out."""
-        parts, left = [], PACKED_TOKENS_MOST
+        parts, left = [], min(PACKED_TOKENS_MOST, max(TREE_TOKENS, int(self.budget / 0.3)))
         for path, shard in zip(self.data.paths, self.data.shards, strict=True):
             parts.append(check_ids(shard[:left], self.tokenizer.vocab, path))
             left -= len(parts[-1])
@@ -5253,9 +5247,8 @@ class Packer:
     def finish(self) -> PackedText:
         """What is packed, once all is; nothing, if it was ended before it began."""
         self.wait()
-        room = MESSAGE_TOKENS + 1
-        if not self.mixer:
-            self.mixer = new_context_model(self.cfg, self.tokenizer, self.leaves, room)
+        if not self.mixer:  # it was interrupted before it began
+            self.pack()
         digest = self.mixer.text_sha256()
         return PackedText(self.leaves, self.count, digest, self.coder.finish())
 
@@ -5305,20 +5298,13 @@ def log_softmax(logits: np.ndarray) -> np.ndarray:
     return (logits - np.log(total)).astype(np.float32)
 
 
-def pad_text(text: np.ndarray, length: int, bos: int) -> np.ndarray:
-    """The text and BOS behind it, where a causal net does not look: (length,) int32."""
-    filled = np.full(length, max(bos, 0), np.int32)
-    filled[: len(text)] = text[:length]
-    return filled
-
-
 def first_window(model: GPT, text: np.ndarray, seq_len: int, workers: Workers) -> np.ndarray:
     """The net's log-distributions after each input of the first window, alone: (T, V) float32.
 
     A row is a function of the inputs up to its own, whatever follows, to the bit: a decoder, which
     knows no more, makes the same one.
     """
-    inputs = mx.array(pad_text(text[:seq_len], seq_len, model.bos)[None])
+    inputs = mx.array(text[:seq_len].astype(np.int32)[None])
     (logits,) = workers.map(model.logits, [(inputs, seq_len)])
     return log_softmax(np.array(logits)[0])
 
@@ -5343,7 +5329,7 @@ def net_rows(
     for first, last in itertools.pairwise([0, *cuts, end]):
         if first < last:
             yield first, first_window(model, text, seq_len, workers)[first:last]
-    padded = pad_text(text, len(text) + seq_len + stride, model.bos)
+    padded = np.pad(text.astype(np.int32), (0, stride))  # a causal net does not look there
     numbers = stride * model.tok_emb.shape[0]  # of a window's rows
     batch = max(min(batch, len(rest), ROWS_MOST // numbers), 1)
 
@@ -5357,16 +5343,13 @@ def net_rows(
             mx.async_eval(parts)  # a GPU goes on while the host takes the batch before
             yield together, parts
 
-    batches = computed() if on_cpu() else with_next_begun(computed())
+    batches = computed()
+    if not on_cpu():  # each one once the next has been asked for
+        batches = (item for item, _ in itertools.pairwise(itertools.chain(batches, [None])))
     for together, parts in batches:
         out = log_softmax(np.concatenate([np.array(p) for p in parts]))
         for (_, first, end), logs in zip(together, out, strict=False):
             yield first, logs[: end - first]
-
-
-def with_next_begun(items: Iterator[Any]) -> Iterator[Any]:
-    """Each item, once the next one has been asked for."""
-    return (item for item, _ in itertools.pairwise(itertools.chain(items, [None])))
 
 
 def ahead(parts: Parts) -> Parts:
@@ -6161,7 +6144,7 @@ class Use:
         if not (net or self.artifact.packed):
             raise UserError(f"SAMPLE_WITH=contexts: {self.path} has none, but a net")
         raw = os.fsencode(cfg.prompt)
-        prompt = [self.bos, *pieces.encode(pieces.start + raw if raw else b"")]
+        prompt = [self.bos, *(pieces.encode(pieces.start + raw) if raw else ())]
         with contextlib.redirect_stdout(sys.stderr):  # the text alone is the output
             stride = max(eval_shape(cfg)[0] // 2, 1)
             contexts = contexts and bool(self.artifact.packed)
@@ -6689,18 +6672,15 @@ def unscored_run(scoring: Scoring, warnings: list[str]) -> Event:
     """
     cfg, path, header = scoring.cfg, scoring.path, scoring.artifact.header["knobs"]
     kept, made = path.with_name(SCRIPT.name), last_record(path.parent, "export", "final")
-    if not kept.is_file() or kept.read_bytes() != source():
-        if kept.is_file():
-            warnings.append(f"this script is not the one that trained: that is {kept}")
+    if not kept.is_file():
         return {}
-    same = {
-        "event": "export",
-        "artifact_sha256": file_sha256(path),
-        "val_sha256": scoring.text.sha256,
-    }.items() <= made.items()
-    same &= settings_of(cfg, "eval").items() <= header.items()
-    if cfg.run_id:
-        same &= (Path(cfg.out_dir) / cfg.run_id).resolve() == path.parent.resolve()
+    if kept.read_bytes() != source():
+        warnings.append(f"this script is not the one that trained: that is {kept}")
+        return {}
+    its = {"event": "export", "artifact_sha256": file_sha256(path)}
+    its["val_sha256"] = scoring.text.sha256
+    same = its.items() <= made.items() and settings_of(cfg, "eval").items() <= header.items()
+    same &= not cfg.run_id or (Path(cfg.out_dir) / cfg.run_id).resolve() == path.parent.resolve()
     return made if same else {}
 
 
@@ -6812,7 +6792,8 @@ def forward_sha256(cfg: Knobs) -> str:
 
 def in_another_process(cfg: Knobs) -> str:
     """`forward_sha256` as a fresh process has it; '' where that fails."""
-    lines = f"import {SCRIPT.stem} as t; cfg, _ = t.knobs_from_env(dict(t.os.environ)); "
+    lines = f"import importlib; t = importlib.import_module({SCRIPT.stem!r}); "
+    lines += "cfg, _ = t.knobs_from_env(dict(t.os.environ)); "
     lines += "t.use_device(cfg); print(t.forward_sha256(cfg))"
     command = [sys.executable, "-c", lines]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, cwd=HERE)

@@ -248,6 +248,14 @@ def test_an_alias_is_as_strong_as_its_name_against_an_artifacts_settings(tmp_pat
     assert t.knobs_from_env({}, kept)[0].train_seq_len == 512
 
 
+def test_an_empty_variable_says_nothing_against_an_artifacts_settings(tmp_path):
+    kept = kept_by(tmp_path / "artifact.bin", NUM_LAYERS=3, EVAL_STRIDE=100)
+    assert kept["NUM_LAYERS"] == "3" and kept["EVAL_STRIDE"] == "100"
+    empty = {"NUM_LAYERS": "", "EVAL_STRIDE": "", "TRAIN_MAX_SEQ_LEN": ""}
+    assert t.knobs_from_env(empty, kept) == t.knobs_from_env({}, kept)
+    assert t.knobs_from_env(empty, kept)[0].num_layers == 3
+
+
 def test_aliases():
     env = {"PRESET": "h100", "SMEAR_ENABLED": "0", "USE_LN_SCALE": "0", "TRAIN_MAX_SEQ_LEN": "512"}
     cfg, warnings = t.knobs_from_env(env)

@@ -888,10 +888,10 @@ def unpredictable(size, vocab):
 
 
 @pytest.mark.parametrize("budget", [0, 7, 1001, 5000])
-@pytest.mark.parametrize("vocab", [50, 600])
-def test_packed_text_fits_and_is_the_texts_beginning(vocab, budget):
+@pytest.mark.parametrize("vocab, size", [(50, "medium"), (600, "medium"), (50, "large")])
+def test_packed_text_fits_and_is_the_texts_beginning(vocab, size, budget):
     text = some_text(40_000).astype(np.uint16) if vocab == 50 else unpredictable(40_000, vocab)
-    packer = new_packer(text, budget, vocab)
+    packer = new_packer(text, budget, vocab, MIXER_SIZE=size)
     packer.start(0.0)
     assert packer.ended.is_set()  # no clock: all is packed before the first step
     packed = packer.finish()
@@ -901,11 +901,29 @@ def test_packed_text_fits_and_is_the_texts_beginning(vocab, budget):
     assert 0 < packed.token_count < len(text) or budget < 8
     beginning = text[: packed.token_count].astype("<i4").tobytes()
     assert packed.sha256 == hashlib.sha256(beginning).hexdigest()
-    room = len(packer.mixer.state.history) - 1
-    decoded = t.LogisticMixer(facts(vocab), packed.leaves[0], room, 1, packer.cfg.mixer_size)
+    mixers = getattr(packer.mixer, "mixers", [packer.mixer])
+    assert len(packed.leaves) == len(mixers) == 1 + (size == "large")
+    assert size == "medium" or (packed.leaves[0] != packed.leaves[1]).any() or budget < 8
+    room = len(mixers[0].state.history) - 1
+    decoded = t.new_context_model(packer.cfg, facts(vocab), packed.leaves, room)
     t.unpack(decoded, packed, "")
     assert decoded.learned == packed.token_count
-    assert_same_state(decoded, packer.mixer)
+    for a, b in zip(decoded.state, packer.mixer.state, strict=True):
+        assert a.tobytes() == b.tobytes()
+
+
+def test_packing_that_was_interrupted_twice_keeps_its_code():
+    """The second time before it began: what a checkpoint had is what is packed."""
+    text = some_text(40_000).astype(np.uint16)
+    first = new_packer(text, 3000)
+    first.start(0.0)
+    first.wait()
+    again = new_packer(text, 3000)
+    again.set_state(first.state()["packed"])
+    again.deadline = 0.0  # as of one whose training was interrupted
+    packed = again.finish()
+    assert packed.token_count == first.count > 0
+    t.unpack(t.new_context_model(again.cfg, facts(50), packed.leaves, 40_000), packed, "")
 
 
 def test_all_of_a_text_is_packed_where_it_fits():

@@ -694,7 +694,7 @@ def decoder(tmp_path):
         known[1 : count + 1] = known[0]
         mixer.restore(state)
         nats = mixer.cost(known[1 : count + 1], logs, t.Coder(code))
-        line = t.check_message(code, bits, nats, known, text)
+        line = t.check_message(len(code), bits, nats, known, text)
         assert (known == text).all()
         return line
 
