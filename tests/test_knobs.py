@@ -249,7 +249,7 @@ def test_an_alias_is_as_strong_as_its_name_against_an_artifacts_settings(tmp_pat
 
 
 def test_an_empty_variable_says_nothing_against_an_artifacts_settings(tmp_path):
-    kept = kept_by(tmp_path / "artifact.bin", NUM_LAYERS=3, EVAL_STRIDE=100)
+    kept = kept_by(tmp_path / "artifact.bin", NUM_LAYERS="3", EVAL_STRIDE="100")
     assert kept["NUM_LAYERS"] == "3" and kept["EVAL_STRIDE"] == "100"
     empty = {"NUM_LAYERS": "", "EVAL_STRIDE": "", "TRAIN_MAX_SEQ_LEN": ""}
     assert t.knobs_from_env(empty, kept) == t.knobs_from_env({}, kept)
