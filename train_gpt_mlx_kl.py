@@ -4629,13 +4629,14 @@ class Coder:
 class Stack:
     """A code of tokens by two mixers at once, that is being written, or with `data` being read.
 
-    Neither knows the path by the other's tree, so that no bit can be coded by both. But if each is
-    as likely to be chosen, a token's probability is the mean of theirs, and so is its cost, if what
-    the choice costs is got back. Which mixer codes a token is read from the code written so far, as
-    likely as the token makes it; so it says nothing, and writing it and then the token's path
-    costs what the mean does (Frey, Hinton, doi:10.1093/comjnl/40.2_and_3.157, "bits back").
-    It takes a code that gives back first what was written last: asymmetric numeral systems (Duda,
-    arXiv:1311.2540), a number whose last digits are the newest. So a text is written from its end.
+    A token has a path by each tree, so no bit can be coded by the mean of both. But one mixer may
+    code it, if the choice, which costs a bit, carries something: "bits back" (Frey, Hinton,
+    doi:10.1093/comjnl/40.2_and_3.157). The writer takes bits off the code that is there already
+    and reads them as the choice, each mixer as likely as its share of the token's probability. Then
+    it writes the token's path by that mixer, and the choice as one bit. The reader, who gets both,
+    knows the shares as well and puts the bits back. In all that costs what the mean does.
+    So a code has to give back first what was written last: asymmetric numeral systems (Duda,
+    arXiv:1311.2540), a number whose last digits are the newest. A text is written from its end.
     """
 
     FIRST, head_bytes = 1 << 16, 2  # the number before anything is written
@@ -4672,7 +4673,7 @@ class Stack:
 
     def finish(self) -> bytes:
         """The whole code."""
-        state, buffer = np.array([self.FIRST, 0], np.uint64), self.buffer
+        state = np.array([self.FIRST, 0], np.uint64)
         buffer = np.zeros(2 * (LEVELS_MOST + 1) * len(self.notes) + 8, np.uint8)
         for paths, share in reversed(self.notes):
             which = pop_bit(state, buffer, share)
