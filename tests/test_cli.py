@@ -430,7 +430,7 @@ def test_packed_text_lowers_the_score_of_the_contexts(plain, train):
     assert packed["val_bpb_context"] < record["val_bpb_context"] - 0.1
     assert packed["val_bpb"] < record["val_bpb"] < record["val_bpb_net"]
     one, two = (t.read_artifact(r.folder / "artifact.bin") for r in (plain, bare))
-    assert (one.packed.leaf == two.packed.leaves).all()
+    assert (one.packed.leaves == two.packed.leaves).all()
     assert all((one.params[name] == two.params[name]).all() for name in one.params)
 
 
