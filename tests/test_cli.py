@@ -421,6 +421,18 @@ if CFG.eval_only:
 # Context models
 
 
+def test_two_trees_are_better_than_one(plain, train):
+    """Through the whole chain: packed, primed, the message decoded by another process."""
+    both = train("two-trees", MIXER_SIZE="large")
+    record, one = final(both), final(plain)
+    assert record["audit"] == "pass" and record["val_bpb_net"] == one["val_bpb_net"]
+    assert re.search(r"^audit: \d+ tokens decoded from \d+ bytes", both.out, re.M)
+    assert record["val_bpb_context"] < one["val_bpb_context"]
+    leaves = t.read_artifact(both.folder / "artifact.bin").packed.leaves
+    assert len(leaves) == 2 and (leaves[0] != leaves[1]).any()
+    assert set(record["experts"]) == set(one["experts"])
+
+
 def test_packed_text_lowers_the_score_of_the_contexts(plain, train):
     """The packed text is read: the contexts know more, and the net is what it was."""
     bare = train("unpacked", PACK_TEXT_BYTES=0, AUDIT=0)

@@ -293,10 +293,10 @@ def make_artifact(folder, tokenizer_path, **env):
     text = np.array([i for s in range(20) for i in (1, *usual.encode(words(60, s)))][:2000])
     packed = None
     if cfg.mixer == "logistic":
-        leaf, coder = t.token_tree(text, facts.vocab), t.Coder()
-        mixer = t.LogisticMixer(facts, leaf, len(text), cfg.mixer_memory_mb)
+        leaves, coder = t.token_trees(text, facts.vocab, cfg.mixer_size), t.Coder()
+        mixer = t.new_context_model(cfg, facts, leaves, len(text))
         mixer.code(text, None, coder)
-        packed = t.PackedText(leaf[None], len(text), mixer.text_sha256(), coder.finish())
+        packed = t.PackedText(leaves, len(text), mixer.text_sha256(), coder.finish())
     model = random_model(facts.vocab, **env)
     params = dict(t.tree_flatten(model.parameters()))
     path = folder / "artifact.bin"
@@ -314,10 +314,15 @@ def usual(tmp_path_factory):
     return make_all(tmp_path_factory.mktemp("the_usual"), "usual")
 
 
-def make_all(folder, kind):
+@pytest.fixture(scope="session")
+def two_trees(tmp_path_factory):
+    return make_all(tmp_path_factory.mktemp("two_trees"), "usual", "large")
+
+
+def make_all(folder, kind, size="medium"):
     """A tokenizer and an artifact, and how to use them."""
     tokenizer = make_tokenizer(folder, byte_fallback=True, **KINDS[kind])
-    artifact = make_artifact(folder, tokenizer, MIXER_MEMORY_MB=1)
+    artifact = make_artifact(folder, tokenizer, MIXER_MEMORY_MB=2, MIXER_SIZE=size)
 
     def use(file, output="", **env):
         env = {"DEVICE": "cpu", "TOKENIZER_PATH": tokenizer, "FILE": file, "OUTPUT": output, **env}
@@ -424,6 +429,34 @@ def test_a_code_with_the_net_is_for_its_own_machine_and_windows(usual, monkeypat
         usual.use(usual.folder / "elsewhere.tgk").restore()
     (usual.folder / "plain.tgk").write_bytes(plain)
     usual.use(usual.folder / "plain.tgk").restore()
+
+
+@pytest.mark.parametrize("with_net", [0, 1])
+def test_files_come_back_by_two_trees(two_trees, with_net):
+    """With the net by both; without it the first codes alone, which is faster."""
+    text = words(300, 99).encode()
+    code = two_trees.there_and_back(text, WITH_NET=with_net)
+    assert len(code) < len(text) / 2 and two_trees.there_and_back(b"", WITH_NET=with_net)
+    mixer = two_trees.use("").coding_predictor(9, with_net * t.NET_TOO).mixer
+    assert isinstance(mixer, t.MixerPair if with_net else t.LogisticMixer)
+    (two_trees.folder / "cut.tgk").write_bytes(code[:-2])
+    with pytest.raises(t.UserError, match="damaged"):
+        two_trees.use(two_trees.folder / "cut.tgk").restore()
+    if with_net:  # a number of tokens that is none of this code's
+        wrong = bytearray(code)
+        wrong[t.TGK.size] ^= 1
+        (two_trees.folder / "wrong.tgk").write_bytes(wrong)
+        with pytest.raises(t.UserError, match="another machine"):
+            two_trees.use(two_trees.folder / "wrong.tgk").restore()
+
+
+def test_a_sample_by_two_trees_is_drawn_from_their_mean(two_trees):
+    predictor = two_trees.use("").predictor(30, True, False, 1)
+    predictor.code(np.arange(1, 9))
+    parts = [predictor.at_rest(mixer) for mixer in predictor.mixer.both()]
+    p = np.exp(predictor.log_probabilities())
+    np.testing.assert_allclose(p, np.exp(parts).mean(axis=0), rtol=1e-9)
+    assert p.sum() == pytest.approx(1) and (parts[0] != parts[1]).any()
 
 
 # --------------------------------------------------------------------------------------------------
