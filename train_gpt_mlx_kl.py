@@ -5039,25 +5039,18 @@ class MixerPair(ContextModel):
         if isinstance(coder, Coder):
             return self.code_first(tokens, coder)
         if isinstance(coder, Stack):
-            each = None if logs is None else logs[:, None]
-            nats = [self.code_token(tokens[i : i + 1], None if logs is None else each[i], coder)
-                    for i in range(len(tokens))]  # fmt: skip
-            return np.concatenate(nats or [np.zeros((0, 2))])
+            nats, rows = np.zeros((len(tokens), 2)), [None] * len(tokens)
+            for i, row in enumerate(rows if logs is None else logs[:, None]):
+                nats[i] = self.code_token(tokens[i : i + 1], row, coder)
+            return nats
         first, second = self.both()
-        if len(tokens) < 64:  # for which a thread does not pay
-            nats = first.code(tokens, logs), second.code(tokens, logs)
-        else:
-            other = second_thread().submit(second.code, tokens, logs)
-            nats = first.code(tokens, logs), other.result()
-        return mean_nats(*nats)
+        other = second_thread().submit(second.code, tokens, logs)
+        return mean_nats(first.code(tokens, logs), other.result())
 
     def code_first(self, tokens: np.ndarray, coder: Coder) -> np.ndarray:
-        """Let the first mixer code tokens, and the second one read them meanwhile, or next."""
-        first, second = self.both()
-        if coder.mode == ENCODE:
-            self.behind = second_thread().submit(second.code, tokens)
-            return first.code(tokens, None, coder)
-        nats = first.code(tokens, None, coder)
+        """Let the first mixer code tokens, while the second one reads those before them."""
+        nats = self.mixers[0].code(tokens, None, coder)
+        _, second = self.both()
         self.behind = second_thread().submit(second.code, tokens.copy())
         return nats
 
@@ -5137,7 +5130,7 @@ MESSAGE_TOKENS = 256  # of validation text, coded by the mixer that packed: see 
 
 
 class Packer:
-    """Codes training text beside the training, in a thread that owns one core while it lasts.
+    """Codes training text beside the training, in a thread per tree, each with a core of its own.
 
     It takes the text from its start: shards hold documents in random order, and a choice of
     documents is worth nothing on text of one kind (tests/benchmarks/README.md).
@@ -5146,7 +5139,7 @@ class Packer:
     def __init__(
         self, data: TrainWindows, tokenizer: Tokenizer, cfg: Knobs, budget: int, workers: Workers
     ) -> None:
-        """budget: bytes of code at most; workers: the training's, one of which rests meanwhile."""
+        """budget: bytes of code at most; workers: the training's, some of which rest meanwhile."""
         self.data, self.tokenizer, self.cfg = data, tokenizer, cfg
         self.budget, self.workers = budget, workers
         self.seconds = 0.0
@@ -5169,7 +5162,7 @@ class Packer:
         spent_s = max(spent_s, self.seconds)  # by the training or by the packing before a stop
         self.deadline = self.begin + (self.cfg.max_wallclock_seconds or math.inf) - spent_s
         self.begin -= self.seconds
-        self.workers.reserved = 1
+        self.workers.reserved = tree_count(self.cfg.mixer_size)
         with interrupts.held():  # a thread half started would be taken for one that has ended
             self.ended.clear()
             threading.Thread(target=self.run, daemon=True).start()
@@ -5485,10 +5478,10 @@ def prime_contexts(
     if packed and cfg.mixer_memory_mb > mib:
         raise UserError(f"MIXER_MEMORY_MB={cfg.mixer_memory_mb}: the artifact needs tables of so "
                         f"many MiB, and there are {mib:,}: MIXER=off needs none")  # fmt: skip
-    leaves, paid = (packed.leaves, packed.token_count) if packed else (None, 0)
-    memory_mb = 0
-    if first and packed:
-        leaves, memory_mb = leaves[:1], cfg.mixer_memory_mb // len(leaves)
+    leaves, paid, memory_mb = None, 0, 0
+    if packed:
+        leaves, paid = packed.leaves[: 1 if first else None], packed.token_count
+        memory_mb = cfg.mixer_memory_mb * len(leaves) // len(packed.leaves)
     context_model = new_context_model(cfg, artifact.tokenizer, leaves, tokens + paid, memory_mb)
     if packed:
         unpack(context_model, packed, "priming")
@@ -6012,7 +6005,7 @@ def streamed(tokens: Iterator[int], texts: list[bytes], skip: int) -> Iterator[s
 
 
 # A .tgk file: TGK, whose flags say in bits 4 to 7 how many bytes the number of tokens takes; that
-# number; with NET_TOO the 2 bytes of `machine_mark`; the tokens' arithmetic code. What is no shard
+# number; with NET_TOO the 2 bytes of `machine_mark`; the tokens' code. What is no shard
 # has a BOS before it, neither counted nor coded.
 TGK, TGK_MAGIC = struct.Struct("<2sB4sI"), b"\x9eK"  # magic, flags, SHA-256 of artifact, CRC-32
 SHARD, LINES, NET_TOO = 1, 2, 4
@@ -6192,7 +6185,7 @@ class Use:
         return pieces, flags, list(pieces.tokens_of(file_chunks(path), bool(flags)))
 
     def compress(self) -> None:
-        """Write FILE as the arithmetic code of what an artifact predicts."""
+        """Write FILE as a code made by what an artifact predicts."""
         cfg, path = self.cfg, Path(self.cfg.file)
         target = self.result_path(f"{path}.tgk")
         pieces, flags, parts = self.file_tokens(path)
@@ -6219,7 +6212,7 @@ class Use:
             f"{speed:,.0f} tokens/s: {target}")  # fmt: skip
 
     def encode(self, parts: list[np.ndarray], flags: int) -> tuple[bytes, float]:
-        """Tokens in parts -> (their arithmetic code, tokens per second)."""
+        """Tokens in parts -> (their code, tokens per second)."""
         count, done = sum(map(len, parts)), 0
         predictor = self.coding_predictor(count, flags)
         coder, show = predictor.mixer.coder(), show_progress("coding")
