@@ -942,24 +942,17 @@ class Tokenizer:
         return count
 
 
-def lower_case() -> np.ndarray:
-    """Each byte's lower case if it is of a word, else 0: (256,) uint8.
-
-    Letters, digits, the apostrophe, and whatever is not ASCII are of words.
-    """
-    low = np.arange(256)
-    low[ord("A") : ord("Z") + 1] += 32
-    letter = (low >= 128) | (low == ord("'")) | np.isin(low, list(b"0123456789"))
-    letter |= (low >= ord("a")) & (low <= ord("z"))
-    return np.where(letter, low, 0).astype(np.uint8)
-
-
 def word_letters(tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarray]:
-    """Bytes of each piece as `lower_case` has them (V, longest) uint8, and how many (V,) int64."""
+    """Bytes of each piece, in lower case (V, longest) uint8, and how many they are (V,) int64.
+
+    Letters, digits, the apostrophe, and whatever is not ASCII are of words; other bytes are 0.
+    """
+    low = bytes(range(256)).lower()
+    of_words = bytes(b if b > 127 or b == ord("'") or chr(b).isalnum() else 0 for b in low)
     sizes = tokenizer.piece_bytes.astype(np.int64) * bool(tokenizer.text)
     letters = np.zeros((tokenizer.vocab, int(sizes.max(initial=1))), np.uint8)
     inside = np.arange(letters.shape[1]) < sizes[:, None]
-    letters[inside] = lower_case()[np.frombuffer(tokenizer.text, np.uint8)]
+    letters[inside] = np.frombuffer(tokenizer.text.translate(of_words), np.uint8)
     return letters, sizes
 
 
@@ -1484,13 +1477,9 @@ def open_report(cfg: Knobs) -> Report:
     """
     name = cfg.run_id or time.strftime("%Y%m%d-%H%M%S") + f"-{cfg.seed}-{os.getpid()}"
     folder = Path(cfg.out_dir) / name
-    try:
-        there = os.path.lexists(folder)
-    except ValueError:  # a NUL in it
-        raise UserError(f"OUT_DIR={cfg.out_dir!a}: not a path") from None
     if cfg.resume and not folder.is_dir():
         raise UserError(f"RESUME=1: there is no {folder}: unset RESUME")
-    if there and not cfg.resume:
+    if os.path.lexists(folder) and not cfg.resume:
         raise UserError(f"RUN_ID={name}: {folder} exists and is never overwritten: choose another "
                         "RUN_ID, or go on with RESUME=1")  # fmt: skip
     return Report(folder, cfg.iterations)
@@ -1973,9 +1962,7 @@ class Attention(nn.Module):
         self.proj = Linear(mx.zeros((d, d)))
         self.q_gain = mx.full((self.heads,), cfg.qk_gain_init)
 
-    def __call__(
-        self, x: Array, gain: Array, training: bool, cache: list[Array] | None = None
-    ) -> Array:
+    def __call__(self, x: Array, gain: Array, training: bool, cache: list[Array] | None) -> Array:
         """(B, T, D) -> (B, T, D), times gain (D,); cache: see `GPT.logits`."""
         batch, length, _ = x.shape
 
@@ -2066,9 +2053,7 @@ class Block(nn.Module):
         self.resid_mix = mx.stack([mx.ones((cfg.model_dim,)), mx.zeros((cfg.model_dim,))])
         self.depth_scale = 1 / math.sqrt(index + 1) if cfg.ln_scale_enabled else 1.0
 
-    def __call__(
-        self, x: Array, x0: Array, training: bool, cache: list[Array] | None = None
-    ) -> Array:
+    def __call__(self, x: Array, x0: Array, training: bool, cache: list[Array] | None) -> Array:
         """x, x0 (B, T, D) -> (B, T, D); x0 is the embedding."""
         x = scaled(x, self.resid_mix[0]) + scaled(x0, self.resid_mix[1])
         x = x + self.attn(rms_norm(x), self.attn_scale * self.depth_scale, training, cache)
@@ -2980,11 +2965,6 @@ class Ranks:
         mine = mx.array([zlib.crc32(text.encode())], mx.uint32)
         return self.exchange(mx.distributed.all_gather, mine) == mine
 
-    def first(self, number: int) -> int:
-        """The number that rank 0 brings."""
-        mine = mx.array([number], mx.uint32)
-        return int(self.exchange(mx.distributed.all_gather, mine)[0])
-
     def check_same(self, text: str) -> None:
         """Raises UserError, on all ranks, unless all bring the same text."""
         if not self.same(text).all():
@@ -3420,10 +3400,8 @@ def mend_cache(cache: Any) -> None:
 class kernel:
     """A function that numba compiles when it is first called: importing it needs no numba."""
 
-    makes_arrays = True  # numba has to count the users of arrays
-
-    def __init__(self, function: Callable[..., Any]) -> None:
-        self.function = function
+    def __init__(self, function: Callable[..., Any], makes_arrays: bool = True) -> None:
+        self.function, self.makes_arrays = function, makes_arrays
         functools.update_wrapper(self, function)
 
     @functools.cached_property
@@ -3455,10 +3433,8 @@ class kernel:
         return getattr(self.part, name)
 
 
-class bare_kernel(kernel):
-    """A kernel that makes no array, and need not count users of arrays, which takes time."""
-
-    makes_arrays = False
+# A kernel that makes no array need not count the users of arrays, which takes time.
+bare_kernel = functools.partial(kernel, makes_arrays=False)
 
 
 def net_nats(tokens: Any, logs: Any) -> Any:
@@ -3511,11 +3487,8 @@ class ContextModel:
         """
         return np.repeat(net_nats(tokens, logs)[:, None], 3, axis=1)
 
-    def start_weighing(self) -> None:
-        """From now on, add up what each expert is worth."""
-
     def worth(self) -> dict[str, float]:
-        """Nats since then by name, of the net and experts that are mixed: see `weigh_experts`."""
+        """Nats by name since the net takes part, of it and of experts: see `weigh_experts`."""
         return {}
 
     def save(self) -> tuple[np.ndarray, ...]:
@@ -3789,7 +3762,7 @@ class Fixed(NamedTuple):
     inside: np.ndarray  # (2^(L+1),) int64: tokens below each node
     decision: np.ndarray  # (2^L,) int64: number of the node among those with tokens on both sides
     starts: np.ndarray  # (V,) bool: the piece starts a word
-    letters: np.ndarray  # (V, longest) uint8: its bytes, see `lower_case`
+    letters: np.ndarray  # (V, longest) uint8: its bytes, see `word_letters`
     sizes: np.ndarray  # (V,) int64: how many
     slot_rows: np.ndarray  # (slot experts, 8) int64: see `context_rows`
     candidate_rows: np.ndarray  # (CANDIDATES, 8) int64
@@ -3939,8 +3912,7 @@ WORK = np.dtype([  # `now`: first what is known of a token, then of one of its d
     ("p", np.int64, 3),  # probability of a 1 in 65,536ths, per judge; the last is coded
     # By level: p of what was coded, negative if that was a 0, and 0 where nothing was decided.
     ("path", np.int64, LEVELS_MOST),
-    ("weighs", np.int64),  # whether to add up what experts are worth: see `weigh_experts`
-    ("worth", np.float64, 2 + EXPERTS),  # nats so far: of the net, the bias and each expert
+    ("worth", np.float64, 2 + EXPERTS),  # of the net, the bias and each expert: `weigh_experts`
 ])  # fmt: skip
 
 # --------------------------------------------------------------------------------------------------
@@ -4754,7 +4726,7 @@ def learn_trust(past, now, bit):
 
 @bare_kernel
 def weigh_experts(fixed, now, bit):
-    """Add up what the bit would cost the last judge's mix more, were one expert silent here.
+    """Add up what the bit would cost judge 1's mix more, in nats, were one expert silent here.
 
     That is before the mix is refined, and before judge 1's is averaged with judge 0's. The other
     weights stay as they are, so the worth of experts that say the same is understated.
@@ -4777,9 +4749,8 @@ def learn_bit(fixed, past, now, bit):
     """Charge the bit, which is coded by now, and learn from it."""
     for k in range(3):
         now.cost[k] -= math.log((now.p[k] if bit else 65536 - now.p[k]) / 65536)
-    if now.weighs:
-        weigh_experts(fixed, now, bit)
     if now.judges == 2:
+        weigh_experts(fixed, now, bit)
         learn_trust(past, now, bit)
     for judge in range(now.judges):
         learn_weights(fixed, past, now, judge, bit)
@@ -4952,9 +4923,6 @@ class LogisticMixer(ContextModel):
         coding.flush()
         return nats
 
-    def start_weighing(self) -> None:
-        self.now["weighs"], self.now["worth"] = 1, 0
-
     def worth(self) -> dict[str, float]:
         slots = SLOT_CONTEXTS[: len(self.fixed.slot_rows)]
         names = ["net", "bias", "match", *(c.name for c in (*CANDIDATE_CONTEXTS, *slots))]
@@ -5044,6 +5012,8 @@ class MixerPair(ContextModel):
                 nats[i] = self.code_token(tokens[i : i + 1], row, coder)
             return nats
         first, second = self.both()
+        if len(tokens) < 64:  # for which a thread does not pay: an audit takes 2 s in place of 13
+            return mean_nats(first.code(tokens, logs), second.code(tokens, logs))
         other = second_thread().submit(second.code, tokens, logs)
         return mean_nats(first.code(tokens, logs), other.result())
 
@@ -5067,10 +5037,6 @@ class MixerPair(ContextModel):
         nats[1 - which] = mixers[1 - which].code(token, logs)
         stack.give_back(which, second_share(nats[0], nats[1]))
         return mean_nats(nats[0], nats[1])
-
-    def start_weighing(self) -> None:
-        for mixer in self.both():
-            mixer.start_weighing()
 
     def worth(self) -> dict[str, float]:
         one, two = (mixer.worth() for mixer in self.both())
@@ -5636,7 +5602,6 @@ class Scoring:
         context_model = self.prime()
         primed = time.perf_counter()
         context_model.begin(int(self.text.tokens[0]))
-        context_model.start_weighing()
         known, rows, nats, line = self.message_costs(context_model, mode)
         show = show_progress(f"eval {mode}{self.text.part}")
         with contextlib.closing(ahead(rows)) as rest:
@@ -6537,7 +6502,8 @@ def train_mode(cfg: Knobs, warnings: list[str], env: dict[str, str]) -> None:
     check_vocab(cfg, tokenizer)
     train_tokens = sum(len(Shard(path)) for path in find_shards(folder, "train"))
     cfg, lowered = fit_memory(cfg, tokenizer.vocab, env, train_tokens)
-    cfg = dataclasses.replace(cfg, mixer_memory_mb=ranks.first(cfg.mixer_memory_mb))  # as it packs
+    memory_mb = ranks.of_first(mx.array(cfg.mixer_memory_mb)).item()  # as rank 0 packs
+    cfg = dataclasses.replace(cfg, mixer_memory_mb=memory_mb)
     warnings = [*warnings, *lowered]
     with ranks.in_turn(lambda: Report(None, 0) if ranks.rank else open_report(cfg)) as report:
         kinds = "config", "export", "final"

@@ -7,6 +7,7 @@ import functools
 import hashlib
 import itertools
 import math
+import threading
 from fractions import Fraction
 from types import SimpleNamespace
 
@@ -616,7 +617,6 @@ def test_the_slow_version_agrees(vocab, size, joins, experts):
     text, logs = some_text(size, vocab, seed=8), rows(size, vocab)
     fast, slow = mixer(vocab, size, 64, experts), Slow(vocab, 64, experts)
     parts = [fast.code(text[:joins]), None]
-    fast.start_weighing()
     parts[1] = fast.code(text[joins:], logs[joins:])
     net, want = (np.exp(np.minimum(logs, 0)) * F(1 << 30)).astype(np.uint32), []
     for i, v in enumerate(text.tolist()):
@@ -821,6 +821,17 @@ def test_packed_text_is_the_first_mixers_code(decodes):
     assert_same_state_pair(packer, alone)
 
 
+@pytest.mark.parametrize("code", [None, b"some code"])
+def test_the_first_of_a_pair_codes_while_the_second_reads(code, monkeypatch):
+    two, begun = pair(), threading.Event()
+    two.behind = reads = t.second_thread().submit(begun.wait, 5)
+    first, codes = two.mixers[0], two.mixers[0].code
+    monkeypatch.setattr(first, "code", lambda *args: begun.set() or codes(*args))
+    two.code(some_text(9), None, t.Coder(code))
+    assert reads.result()
+    assert [m.learned for m in two.both()] == [9, 9]
+
+
 def test_a_pair_goes_back_to_what_was_saved():
     two, text = pair(), some_text(300)
     two.code(text[:200], rows(200, 50))
@@ -836,8 +847,7 @@ def test_a_pair_goes_back_to_what_was_saved():
 
 def test_an_expert_of_a_pair_is_worth_what_it_is_worth_to_both():
     two, text = pair(), some_text(300)
-    two.start_weighing()
-    two.code(text)
+    two.code(text, rows(300, 50))
     one, other = (m.worth() for m in two.mixers)
     assert one != other
     assert two.worth() == {name: (one[name] + other[name]) / 2 for name in one}
@@ -974,12 +984,13 @@ def test_the_clock_starts_where_training_has_got_to():
     assert late.finish().token_count == 0
 
 
-def test_a_worker_rests_while_text_is_packed(monkeypatch):
-    packer = new_packer(some_text(1000).astype(np.uint16), 10**6)
+@pytest.mark.parametrize("size, trees", [("medium", 1), ("large", 2)])
+def test_a_worker_rests_for_each_tree_while_text_is_packed(size, trees, monkeypatch):
+    packer = new_packer(some_text(1000).astype(np.uint16), 10**6, MIXER_SIZE=size)
     seen, pack = [], packer.pack
     monkeypatch.setattr(packer, "pack", lambda: (seen.append(packer.workers.reserved), pack()))
     packer.start(0.0)
-    assert seen == [1] and packer.workers.reserved == 0
+    assert seen == [trees] and packer.workers.reserved == 0
 
 
 @pytest.mark.parametrize("clock", [0, 60])
