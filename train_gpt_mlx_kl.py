@@ -392,12 +392,6 @@ ELSEWHERE = {  # what other trainers call a knob
 }  # fmt: skip
 
 
-def knobs_of(cfg: Knobs, *scopes: str) -> dict[str, Any]:
-    """The settings of these scopes, by field name."""
-    fields = dataclasses.fields(Knobs)
-    return {f.name: getattr(cfg, f.name) for f in fields if f.metadata["scope"] in scopes}
-
-
 def as_text(value: Any) -> str:
     """A knob's value as an environment variable says it."""
     return str(int(value) if isinstance(value, bool) else value)
@@ -405,7 +399,8 @@ def as_text(value: Any) -> str:
 
 def settings_of(cfg: Knobs, *scopes: str) -> dict[str, str]:
     """The settings of these scopes, as an environment would have them."""
-    return {name.upper(): as_text(value) for name, value in knobs_of(cfg, *scopes).items()}
+    fields = (f for f in dataclasses.fields(Knobs) if f.metadata["scope"] in scopes)
+    return {f.name.upper(): as_text(getattr(cfg, f.name)) for f in fields}
 
 
 def parse_value(field: dataclasses.Field, text: str) -> Any:
@@ -506,7 +501,7 @@ def knobs_from_env(
 
 def check_kept(kept: dict[str, str], path: Path) -> None:
     """Raises UserError unless the settings in an artifact's header are what this script keeps."""
-    names = {name.upper() for name in knobs_of(Knobs(), *KEPT_SCOPES)}
+    names = settings_of(Knobs(), *KEPT_SCOPES)
     strange = [n for n, v in kept.items() if n not in names or v == "" or not isinstance(v, str)]
     values, problems = parse_env({n: v for n, v in kept.items() if n not in strange})
     problems += [
@@ -555,19 +550,16 @@ def eval_shape(cfg: Knobs, mode: str = "standard") -> tuple[int, int]:
     return length, length if mode == "standard" else min(cfg.eval_stride, length)
 
 
-def knob_table(title: Callable[[str], str], row: Callable[[str, str, str], str]) -> str:
-    """All knobs by scope: title(scope's meaning), then row(name, default, help) for each."""
-    presets, rows = {name: preset_values(name) for name in PRESETS}, {s: [] for s in SCOPES}
-    for field in dataclasses.fields(Knobs):
+def knob_rows(scope: str) -> Iterator[tuple[str, str, str]]:
+    """(name, default and presets that differ, help) of each knob of a scope."""
+    presets = {name: preset_values(name) for name in PRESETS}
+    for field in (f for f in dataclasses.fields(Knobs) if f.metadata["scope"] == scope):
         name, meta = field.name, field.metadata
         differ = [f"{p} {as_text(values[name])}" for p, values in presets.items() if name in values]
         help = meta["help"] + (f" ({', '.join(meta['choices'])})" if meta["choices"] else "")
         help += f" [alias {meta['alias']}]" if meta["alias"] else ""
         help += f" [needs {meta['needs']}]" if meta["needs"] else ""
-        default = "; ".join([as_text(field.default) or "empty", *differ])
-        rows[meta["scope"]].append(row(name.upper(), default, help))
-    titles = {scope: title(f"{scope.title()}: {what}") for scope, what in SCOPES.items()}
-    return "\n".join(line for scope in SCOPES for line in (titles[scope], *rows[scope]))
+        yield name.upper(), "; ".join([as_text(field.default) or "empty", *differ]), help
 
 
 USUAL = """MODE PRESET DATA_PATH MAX_WALLCLOCK_SECONDS ITERATIONS NUM_LAYERS MODEL_DIM
@@ -576,22 +568,17 @@ USUAL = """MODE PRESET DATA_PATH MAX_WALLCLOCK_SECONDS ITERATIONS NUM_LAYERS MOD
 
 def help_text(everything: bool) -> str:
     """What --help prints, 80 columns wide: the usual knobs, or all."""
-
-    def title(text: str) -> str:
-        return "\n" + textwrap.fill(text, 80) if everything else ""
-
-    def row(name: str, default: str, help: str) -> str:
-        if not everything and name not in USUAL.split():
-            return ""
-        start, rest = f"  {name:<28}", " " * 30
-        return textwrap.fill(f"{help} [{default}]", 80, initial_indent=start,
-                             subsequent_indent=rest, break_on_hyphens=False)  # fmt: skip
-
     head = (__doc__ or "").partition("Everything is set")[0].rstrip()
-    usage = "usage: [NAME=value ...] python train_gpt_mlx_kl.py [--help [all]]"
-    lines = [line for line in knob_table(title, row).split("\n") if line or everything]
-    end = "" if everything else "\n\n--help all lists every setting; README.md explains them."
-    return f"{head}\n\n{usage}\n\n" + "\n".join(lines) + end
+    lines = [head, "", "usage: [NAME=value ...] python train_gpt_mlx_kl.py [--help [all]]", ""]
+    for scope, what in SCOPES.items():
+        lines += ["", textwrap.fill(f"{scope.title()}: {what}", 80)] if everything else []
+        for name, default, help in knob_rows(scope):
+            if everything or name in USUAL.split():
+                start, rest = f"  {name:<28}", " " * 30
+                lines += textwrap.wrap(f"{help} [{default}]", 80, initial_indent=start,
+                                       subsequent_indent=rest, break_on_hyphens=False)  # fmt: skip
+    end = "--help all lists every setting; README.md explains them."
+    return "\n".join(lines if everything else [*lines, "", end])
 
 
 @contextlib.contextmanager
@@ -1969,7 +1956,8 @@ class Attention(nn.Module):
         def split(y: Array, heads: int) -> Array:
             return y.reshape(batch, length, heads, self.head_dim)
 
-        q_gain = mx.minimum(self.q_gain, SCORE_LIMIT / self.head_dim**0.5)
+        most = SCORE_LIMIT / self.head_dim**0.5
+        q_gain = mx.clip(self.q_gain, -most, most)
         rope = self.rope_dims, self.rope_base, cache[0].shape[2] if cache else 0
         q = scaled(rotary(rms_norm(split(self.c_q(x), self.heads)), *rope), q_gain[:, None, None])
         k = rotary(rms_norm(split(self.c_k(x), self.kv_heads)), *rope)
@@ -2921,9 +2909,17 @@ class Ranks:
         self.rank, self.count = group.rank(), group.size()
         self.work = own_thread() if self.count > 1 else None
 
-    def wait_for(self, work: Callable[[], Any]) -> Any:
-        """The result of what waits for other ranks. Raises RunFailed if one is gone."""
+    def exchange(self, operation: Callable[[Any], Any], mine: Any) -> Any:
+        """What the operation makes of all ranks' arrays; a rank alone keeps its own."""
+        if self.count == 1:
+            return mine
+        mx.eval(mine)  # all ranks then have the same operations left, in the same order
         done: Future = Future()
+
+        def work() -> Any:
+            mx.eval(out := operation(mine))
+            return out
+
         self.work.put((done, work))
         while not wait([done], timeout=0.5).done:
             if reason := self.missing():
@@ -2932,18 +2928,6 @@ class Ranks:
             return done.result()
         except RuntimeError as error:
             raise RunFailed(f"another rank is gone ({error})") from None
-
-    def exchange(self, operation: Callable[[Any], Any], mine: Any) -> Any:
-        """Return what the operation makes of all ranks' arrays; a rank alone keeps its own."""
-        if self.count == 1:
-            return mine
-        mx.eval(mine)  # all ranks then have the same operations left, in the same order
-
-        def work() -> Any:
-            mx.eval(out := operation(mine))
-            return out
-
-        return self.wait_for(work)
 
     def mean(self, tree: Any) -> Any:
         """The mean of all ranks' trees of float32 arrays."""
@@ -3554,13 +3538,6 @@ def find_slot(table, nodes, key):
 
 
 @kernel
-def enter_nodes(table, nodes, used):
-    """Enter nodes 1 .. used - 1 into an empty table."""
-    for i in range(1, used):
-        table[find_slot(table, nodes, nodes[i].key)] = i
-
-
-@kernel
 def ngram_probability(state, token, rule):
     """(p of `token`, trust in it: a number from the longest context with counts); changes nothing.
 
@@ -3653,34 +3630,16 @@ class BackoffMixer(ContextModel):
         self.vocab, self.bos, self.capacity = vocab, bos, capacity
         facts = {"vocab": vocab, "bos": bos, "adapts": alpha is None, **SMOOTHINGS[smoothing]}
         self.rule = np.array([tuple(facts[name] for name in RULE.names)], RULE)
+        table = huge_zeros(1 << (2 * most - 1).bit_length(), np.int32)  # half of it stays empty
         nodes, contexts = huge_zeros(most, NODE), np.zeros(order + 1, np.int64)
-        nodes["key"][1], contexts[1] = bos, 1
+        table[find_slot(table, nodes, bos)], nodes["key"][1], contexts[1] = 1, bos, 1
         prior = (FIRST_ALPHA * FIRST_TOKENS, FIRST_TOKENS) if alpha is None else (alpha, 1.0)
         weights = np.full((10, 3 * order + 3, 2), prior)
-        self.state = (
-            np.zeros(0, np.int32),
-            nodes,
-            np.array([(2, 1, 0)], COUNTERS),
-            contexts,
-            weights,
-        )
-        self.reserve(0)
-
-    def reserve(self, tokens: int) -> None:
-        """Make room for so many more tokens; at least half of the table stays empty."""
-        table, nodes, counters, contexts, weights = self.state
-        if self.learned + tokens > self.capacity:
-            raise ValueError(f"{tokens} more tokens are more than the {self.capacity} announced")
-        need = 2 * (int(counters["nodes"][0]) + tokens * len(contexts))
-        if need > len(table):
-            table = huge_zeros(1 << (need - 1).bit_length(), np.int32)
-            enter_nodes(table, nodes, counters["nodes"][0])
-            self.state = table, nodes, counters, contexts, weights
+        self.state = table, nodes, np.array([(2, 1, 0)], COUNTERS), contexts, weights
 
     def begin(self, first: int) -> None:
         """Read the text's first token, which is not scored. BOS says nothing: it is assumed."""
         if first != self.bos:
-            self.reserve(1)
             count_token(self.state, first, self.rule)
 
     def cost(self, tokens: np.ndarray, logs: np.ndarray, coder: None = None) -> np.ndarray:
@@ -3689,7 +3648,8 @@ class BackoffMixer(ContextModel):
             raise ValueError(f"{logs.shape} log-probabilities for {len(tokens)} tokens")
         if len(tokens) and not 0 <= tokens.min() <= tokens.max() < self.vocab:
             raise ValueError(f"a token outside the vocabulary of {self.vocab}")
-        self.reserve(len(tokens))
+        if self.learned + len(tokens) > self.capacity:
+            raise ValueError(f"more than the {self.capacity} tokens announced")
         net, top = -net_nats(tokens, logs), logs.max(axis=1).astype(np.float64)
         return cost_ngrams(self.state, tokens.astype(np.int64), net, top, self.rule)
 
@@ -6546,7 +6506,7 @@ def train_run(
         shards = find_shards(folder, "train")
         data = TrainWindows(shards, cfg.train_seq_len, cfg.seed, tokenizer.vocab)
         written = f"{data.fingerprint()} {tokenizer.sha256}"
-        ranks.check_same(f"{knobs_of(cfg, 'run', *KEPT_SCOPES)} {written}")
+        ranks.check_same(f"{settings_of(cfg, 'run', *KEPT_SCOPES)} {written}")
         loaded = load_validation(folder, tokenizer, cfg.val_max_tokens)
         size = tokenizer_path.stat().st_size
         check = functools.partial(check_text, cfg, loaded, data, tokenizer, tokenizer_path)

@@ -99,11 +99,12 @@ def test_knobs_of_a_scope():
     cfg = t.knobs_from_env({"PRESET": "h100", "SEED": "7", "MIXER": "off"})[0]
     for line in SCOPE_OF.splitlines():
         scope, _, names = line.partition(": ")
-        assert {name.lower() for name in names.split()} <= set(t.knobs_of(cfg, scope))
-    scopes = [set(t.knobs_of(cfg, scope)) for scope in t.SCOPES]
-    assert sorted(name for names in scopes for name in names) == sorted(FIELDS)  # each in one
-    both = t.knobs_of(cfg, "train", "eval")
-    assert (both["seed"], both["mixer"]) == (7, "off") and "num_layers" not in both
+        assert set(names.split()) <= set(t.settings_of(cfg, scope))
+    scopes = [t.settings_of(cfg, scope) for scope in t.SCOPES]
+    each = sorted(name.lower() for names in scopes for name in names)
+    assert each == sorted(FIELDS)  # each in one
+    both = t.settings_of(cfg, "train", "eval")
+    assert (both["SEED"], both["MIXER"]) == ("7", "off") and "NUM_LAYERS" not in both
 
 
 def test_help_is_light_and_complete():
@@ -302,10 +303,11 @@ def test_table_is_up_to_date():
     """UPDATE_DOCS=1 writes it anew."""
     page = ROOT / "docs" / "reference.md"
     head = "| knob | default; presets that differ | meaning |\n| --- | --- | --- |"
-    table = t.knob_table(
-        lambda scope: f"\n**{scope}**\n\n{head}",
-        lambda name, default, help: f"| `{name}` | {default} | {help} |",
-    )
+    table = ""
+    for scope, what in t.SCOPES.items():
+        table += f"\n**{scope.title()}: {what}**\n\n{head}\n"
+        for name, default, help in t.knob_rows(scope):
+            table += f"| `{name}` | {default} | {help} |\n"
     before, begin, rest = page.read_text().partition("<!-- knobs -->\n")
     old, end, after = rest.partition("\n<!-- /knobs -->")
     assert begin and end
@@ -377,12 +379,12 @@ def test_settings_in_a_file_that_this_script_would_not_write_are_refused(tmp_pat
 
 def test_a_file_with_such_settings_is_not_read(tmp_path, monkeypatch):
     path = tmp_path / "artifact.bin"
-    whole = t.knobs_of
-    monkeypatch.setattr(t, "knobs_of", lambda *_: {"num_layers": -1, "workers": 2})
+    whole = t.settings_of
+    monkeypatch.setattr(t, "settings_of", lambda *_: {"NUM_LAYERS": "-1", "WORKERS": "2"})
     monkeypatch.setattr(t, "check_kept", lambda *_: None)
     kept_by(path)
     monkeypatch.undo()
-    assert t.knobs_of is whole
+    assert t.settings_of is whole
     with pytest.raises(t.UserError, match=r"NUM_LAYERS=-1.*\n.*WORKERS"):
         t.read_artifact(path)
 

@@ -59,13 +59,13 @@ def rotate(x, dims, base):
 
 def attention(x, p, cfg, xsa):
     length, head = len(x), cfg.model_dim // cfg.num_heads
-    dims, outs = cfg.rope_dims or head, []
+    dims, outs, most = cfg.rope_dims or head, [], (-80 / head**0.5, 80 / head**0.5)
     q, k, v = (
         (x @ p[f"c_{n}.weight"].T).reshape(length, -1, head).transpose(1, 0, 2) for n in "qkv"
     )
     for h in range(cfg.num_heads):
         kv = h // (cfg.num_heads // cfg.num_kv_heads)
-        queries = rotate(norm(q[h]), dims, cfg.rope_base) * min(p["q_gain"][h], 80 / head**0.5)
+        queries = rotate(norm(q[h]), dims, cfg.rope_base) * np.clip(p["q_gain"][h], *most)
         scores = queries @ rotate(norm(k[kv]), dims, cfg.rope_base).T / math.sqrt(head)
         out = np.zeros((length, head))
         for i in range(length):
@@ -134,7 +134,7 @@ def test_forward_pass_equals_numpy(monkeypatch, rng, feature, cpu):
     env = {**SETTINGS[feature], "COMPUTE_DTYPE": "float32"}
     cfg, model = tiny_knobs(**env), random_model(VOCAB, BOS, **env)
     x, y = tokens(rng), tokens(rng)
-    model.blocks[0].attn.q_gain = mx.array([1.0, 60.0, 0.5, 2.0])  # one beyond the limit
+    model.blocks[0].attn.q_gain = mx.array([1.0, 60.0, -60.0, 2.0])  # two beyond the limit
     params = {n: np.array(a, np.float64) for n, a in t.tree_flatten(model.parameters())}
     got = np.array(log_probs(model, mx.array(x), x.shape[1]))
     nll = np.array(model.nll(mx.array(x), mx.array(y)))
