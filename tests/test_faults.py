@@ -5,6 +5,7 @@ import os
 import random
 import re
 import resource
+import shlex
 import shutil
 import signal
 import subprocess
@@ -219,6 +220,14 @@ with t.errors_as_lines():
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=t.HERE, capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (1, "", "error: all is lost\n")
+
+
+@pytest.mark.parametrize("words, status", [("--help", 0), ("--wrong", 2)])
+def test_an_output_that_was_never_open_is_no_fault(words, status):
+    command = f"exec {shlex.quote(sys.executable)} {shlex.quote(str(SCRIPT))} {words} >&-"
+    done = subprocess.run(["sh", "-c", command], env=CLEAN, capture_output=True, text=True)
+    assert done.returncode == status and "Traceback" not in done.stderr
+    assert done.stderr.startswith("error: --wrong") == bool(status)
 
 
 def test_a_closed_pipe_ends_the_run_in_order(home, env):

@@ -274,6 +274,18 @@ forward_sha256 = lambda cfg: honest_sha(cfg) + ("" if __name__ == "__main__" els
     assert not (home / "logs").exists()
 
 
+def test_the_doctor_looks_at_a_copy_by_any_name(home):
+    copy = home / "train-2.py"
+    copy.write_bytes(SCRIPT.read_bytes())
+    lines = """import importlib
+t = importlib.import_module("train-2")
+cfg = t.knobs_from_env(dict(t.os.environ))[0]
+print(t.in_another_process(cfg) == t.forward_sha256(cfg))"""
+    done = subprocess.run([sys.executable, "-c", lines], cwd=home, env=CLEAN | TINY, text=True,
+                          capture_output=True)  # fmt: skip
+    assert done.stdout == "True\n", done.stderr
+
+
 def test_modes_need_what_they_work_on(home, env):
     assert "MODE=score needs ARTIFACT" in error_of(run(home, "x", MODE="score", **env), 2)
 

@@ -556,6 +556,16 @@ def test_an_artifact_without_contexts_samples_by_its_net_alone(usual, tmp_path, 
     assert capsys.readouterr().out.startswith("one two")
 
 
+def test_a_sample_without_a_prompt_needs_no_byte_pieces(usual, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(
+        t.Pieces, "byte_ids", property(lambda _: {}, lambda *_: None), raising=False
+    )
+    env = {"DEVICE": "cpu", "TOKENIZER_PATH": str(usual.tokenizer), "SAMPLE_TOKENS": "5"}
+    fails(t.Use.load(usual.artifact, {**env, "PROMPT": "one"}), "sample", "without byte_fallback")
+    t.Use.load(usual.artifact, env).sample()
+    assert capsys.readouterr().out.strip()
+
+
 def test_a_tokenizer_that_cannot_spell_is_refused(tmp_path):
     tokenizer, file = make_tokenizer(tmp_path, hard_vocab_limit=False), tmp_path / "x"
     path = make_artifact(tmp_path, tokenizer)
