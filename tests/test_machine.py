@@ -138,7 +138,8 @@ def test_a_containers_limits_are_seen(tmp_path, monkeypatch):
 
 def test_settings_fit_a_small_machine(monkeypatch):
     """8 GB, of which a GPU recommends two thirds; what the user sets stays."""
-    cfg = t.knobs_from_env({"PRESET": "mac"})[0]
+    shape = {"NUM_LAYERS": "9", "MODEL_DIM": "512", "NUM_HEADS": "8", "NUM_KV_HEADS": "4"}
+    cfg = t.knobs_from_env({"PRESET": "mac", **shape})[0]
     monkeypatch.setattr(t, "memory_limit", lambda: 5_300_000_000)
     monkeypatch.setattr(t, "on_cpu", lambda: False)
     fitted, lines = t.fit_memory(cfg, 1024, {}, 10**8)
