@@ -90,7 +90,7 @@ from typing import Any, NamedTuple
 # ==================================================================================================
 
 ARTIFACT_LIMIT_BYTES = 16_000_000
-SCORE_LIMIT = 80.0  # |score| <= gain * sqrt(head_dim): keeps exponentials in float32's range
+SCORE_LIMIT = 80.0  # |score| <= |gain| * sqrt(head_dim): keeps exponentials in float32's range
 Event = dict[str, Any]  # what happened: a line of metrics.jsonl
 
 
@@ -360,9 +360,9 @@ PRESETS = {
         XSA_LAST_N=0 ENGRAM_EMBED_DIM=64 MATRIX_LR=0.02 HASH_LR=0.15 MUON_MOMENTUM_WARMUP_STEPS=200
         EMA_DECAY=0.98 WEIGHT_BITS=8 EVAL_STRIDE=128 NGRAM_ALPHA=auto PACK_TEXT_BYTES=1000000
         VAL_MAX_TOKENS=1048576""",
-    "mac": """MIXER_SIZE=large TRAIN_BATCH_TOKENS=16384 GRAD_ACCUM_STEPS=1 NUM_LAYERS=6 MODEL_DIM=384
-        NUM_HEADS=6 NUM_KV_HEADS=3 MLP_MULT=2 ENGRAM_HASH_SIZE=4096 ENGRAM_EMBED_DIM=128
-        MATRIX_LR=0.03 WARMUP_STEPS=2 WARMDOWN_ITERS=300 WARMDOWN_FRAC=0.5
+    "mac": """MIXER_SIZE=large TRAIN_BATCH_TOKENS=16384 GRAD_ACCUM_STEPS=1 NUM_LAYERS=6
+        MODEL_DIM=384 NUM_HEADS=6 NUM_KV_HEADS=3 MLP_MULT=2 ENGRAM_HASH_SIZE=4096
+        ENGRAM_EMBED_DIM=128 MATRIX_LR=0.03 WARMUP_STEPS=2 WARMDOWN_ITERS=300 WARMDOWN_FRAC=0.5
         MUON_MOMENTUM_WARMUP_STEPS=200 EMA_DECAY=0.98 TRAIN_LOG_EVERY=20 EVAL_STRIDE=512
         NGRAM_ALPHA=auto VAL_MAX_TOKENS=4194304""",
     "h100": """MIXER_SIZE=large NUM_LAYERS=10 MLP_MULT=2 ENGRAM_EMBED_DIM=64 NGRAM_ALPHA=auto
@@ -3539,6 +3539,13 @@ def find_slot(table, nodes, key):
 
 
 @kernel
+def enter_nodes(table, nodes, used):
+    """Enter nodes 1 .. used - 1 into an empty table."""
+    for i in range(1, used):
+        table[find_slot(table, nodes, nodes[i].key)] = i
+
+
+@kernel
 def ngram_probability(state, token, rule):
     """(p of `token`, trust in it: a number from the longest context with counts); changes nothing.
 
@@ -3631,16 +3638,34 @@ class BackoffMixer(ContextModel):
         self.vocab, self.bos, self.capacity = vocab, bos, capacity
         facts = {"vocab": vocab, "bos": bos, "adapts": alpha is None, **SMOOTHINGS[smoothing]}
         self.rule = np.array([tuple(facts[name] for name in RULE.names)], RULE)
-        table = huge_zeros(1 << (2 * most - 1).bit_length(), np.int32)  # half of it stays empty
         nodes, contexts = huge_zeros(most, NODE), np.zeros(order + 1, np.int64)
-        table[find_slot(table, nodes, bos)], nodes["key"][1], contexts[1] = 1, bos, 1
+        nodes["key"][1], contexts[1] = bos, 1
         prior = (FIRST_ALPHA * FIRST_TOKENS, FIRST_TOKENS) if alpha is None else (alpha, 1.0)
         weights = np.full((10, 3 * order + 3, 2), prior)
-        self.state = table, nodes, np.array([(2, 1, 0)], COUNTERS), contexts, weights
+        self.state = (
+            np.zeros(0, np.int32),
+            nodes,
+            np.array([(2, 1, 0)], COUNTERS),
+            contexts,
+            weights,
+        )
+        self.reserve(0)
+
+    def reserve(self, tokens: int) -> None:
+        """Make room for so many more tokens; at least half of the table stays empty."""
+        table, nodes, counters, contexts, weights = self.state
+        if self.learned + tokens > self.capacity:
+            raise ValueError(f"{tokens} more tokens are more than the {self.capacity} announced")
+        need = 2 * (int(counters["nodes"][0]) + tokens * len(contexts))
+        if need > len(table):
+            table = huge_zeros(1 << (need - 1).bit_length(), np.int32)
+            enter_nodes(table, nodes, counters["nodes"][0])
+            self.state = table, nodes, counters, contexts, weights
 
     def begin(self, first: int) -> None:
         """Read the text's first token, which is not scored. BOS says nothing: it is assumed."""
         if first != self.bos:
+            self.reserve(1)
             count_token(self.state, first, self.rule)
 
     def cost(self, tokens: np.ndarray, logs: np.ndarray, coder: None = None) -> np.ndarray:
@@ -3649,8 +3674,7 @@ class BackoffMixer(ContextModel):
             raise ValueError(f"{logs.shape} log-probabilities for {len(tokens)} tokens")
         if len(tokens) and not 0 <= tokens.min() <= tokens.max() < self.vocab:
             raise ValueError(f"a token outside the vocabulary of {self.vocab}")
-        if self.learned + len(tokens) > self.capacity:
-            raise ValueError(f"more than the {self.capacity} tokens announced")
+        self.reserve(len(tokens))
         net, top = -net_nats(tokens, logs), logs.max(axis=1).astype(np.float64)
         return cost_ngrams(self.state, tokens.astype(np.int64), net, top, self.rule)
 

@@ -232,8 +232,7 @@ def test_keys_that_share_a_slot_stay_apart():
     nodes = np.zeros(512, t.NODE)
     nodes["key"][1:] = np.random.default_rng(0).permutation(1 << 20)[:511] * (1 << 40)
     table = np.zeros(1024, np.int32)
-    for i in range(1, 512):
-        table[t.find_slot(table, nodes, nodes["key"][i])] = i
+    t.enter_nodes(table, nodes, 512)
     assert sorted(table[table > 0].tolist()) == list(range(1, 512))
     for i in range(1, 512):
         assert table[t.find_slot(table, nodes, nodes["key"][i])] == i

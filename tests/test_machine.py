@@ -138,6 +138,7 @@ def test_a_containers_limits_are_seen(tmp_path, monkeypatch):
 
 def test_settings_fit_a_small_machine(monkeypatch):
     """8 GB, of which a GPU recommends two thirds; what the user sets stays."""
+    # A net whose microbatch has to be halved.
     shape = {"NUM_LAYERS": "9", "MODEL_DIM": "512", "NUM_HEADS": "8", "NUM_KV_HEADS": "4"}
     cfg = t.knobs_from_env({"PRESET": "mac", **shape})[0]
     monkeypatch.setattr(t, "memory_limit", lambda: 5_300_000_000)
@@ -281,6 +282,7 @@ def test_the_doctor_looks_at_a_copy_by_any_name(home):
     lines = """import importlib
 t = importlib.import_module("train-2")
 cfg = t.knobs_from_env(dict(t.os.environ))[0]
+t.use_device(cfg)
 print(t.in_another_process(cfg) == t.forward_sha256(cfg))"""
     done = subprocess.run([sys.executable, "-c", lines], cwd=home, env=CLEAN | TINY, text=True,
                           capture_output=True)  # fmt: skip

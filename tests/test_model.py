@@ -59,13 +59,14 @@ def rotate(x, dims, base):
 
 def attention(x, p, cfg, xsa):
     length, head = len(x), cfg.model_dim // cfg.num_heads
-    dims, outs, most = cfg.rope_dims or head, [], (-80 / head**0.5, 80 / head**0.5)
+    dims, outs = cfg.rope_dims or head, []
+    limits = -80 / head**0.5, 80 / head**0.5
     q, k, v = (
         (x @ p[f"c_{n}.weight"].T).reshape(length, -1, head).transpose(1, 0, 2) for n in "qkv"
     )
     for h in range(cfg.num_heads):
         kv = h // (cfg.num_heads // cfg.num_kv_heads)
-        queries = rotate(norm(q[h]), dims, cfg.rope_base) * np.clip(p["q_gain"][h], *most)
+        queries = rotate(norm(q[h]), dims, cfg.rope_base) * np.clip(p["q_gain"][h], *limits)
         scores = queries @ rotate(norm(k[kv]), dims, cfg.rope_base).T / math.sqrt(head)
         out = np.zeros((length, head))
         for i in range(length):
