@@ -2331,7 +2331,7 @@ def apply_gradients(
 # ==================================================================================================
 
 CLIP_RATIOS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65)
-MAGIC, FORMAT_VERSION = b"MLXGOLF1", 10
+MAGIC, FORMAT_VERSION = b"MLXGOLF1", 11
 # Magic, version, SHA-256 of the version and the rest, bytes of the compressed model.
 PREFIX = struct.Struct("<8sH32sQ")
 LZMA_MAGIC = b"\xfd7zXZ\0"  # no brotli stream of ours begins so
@@ -3706,8 +3706,9 @@ class BackoffMixer(ContextModel):
 # THE MIX. The inputs are logits, ln(p / (1 - p)). Their weights are the sum of nine rows, one of
 # each WEIGHT SET; a set chooses its row by what is known, e.g. by the node, or by the last token.
 # The mixed logit is refined by two APMs, maps of it. Two JUDGES do this side by side, each with
-# weights and maps of its own: judge 0 hears the contexts alone, judge 1 the net as well. What is
-# coded is the mean of their probabilities, weighted by Bayes' rule: who was right counts for more.
+# weights and maps of its own. Judge 0 hears the contexts alone; judge 1 hears the net as well, and
+# what judge 0 made of the contexts. What is coded is the mean of their probabilities, weighted by
+# Bayes' rule: who was right counts for more.
 # TWO TREES. MIXER_SIZE=large is two such mixers side by side, whose trees differ. A token's
 # probability is the mean of theirs: see `MixerPair`.
 #
@@ -3845,7 +3846,7 @@ CANDIDATE_CONTEXTS = (Context("candidates, order 4", tokens=0b1111),)
 CLASS_LEVELS = 6
 SLOTS, CANDIDATES = len(SLOT_CONTEXTS), len(CANDIDATE_CONTEXTS)  # slots: of the largest size
 SLOT_MAP_CELLS, CANDIDATE_MAP_CELLS, MATCH_MAP_CELLS = 2048, 200, 128  # per expert and level
-NET, BIAS = 0, 1  # the first inputs
+NET, MIX = 0, 1  # the first inputs, which only judge 1 hears: the net, and judge 0's mix
 KINDS = (  # experts; inputs of a decision; cells of their maps per level
     (1, 1, MATCH_MAP_CELLS),
     (CANDIDATES, CANDIDATES, CANDIDATES * CANDIDATE_MAP_CELLS),
@@ -3861,7 +3862,7 @@ MATCH_INPUT, CANDIDATE_INPUT, SLOT_INPUT, INPUTS = itertools.accumulate(
 MATCH_MAP, CANDIDATE_MAP, SLOT_MAP, MAP_CELLS = itertools.accumulate(
     (kind[2] for kind in KINDS), initial=0
 )
-# The first input of the net, the bias and each expert, and where the last one's inputs end.
+# The first input of the net, the mix and each expert, and where the last one's inputs end.
 FIRST_INPUT = np.cumsum([0, 1, 1] + [kind[1] // kind[0] for kind in KINDS for _ in range(kind[0])])
 LANES = 16  # inputs are padded to so many, for vector instructions
 WIDTH = -(-INPUTS // LANES) * LANES
@@ -3897,7 +3898,7 @@ WORK = np.dtype([  # `now`: first what is known of a token, then of one of its d
     ("p", np.int64, 3),  # probability of a 1 in 65,536ths, per judge; the last is coded
     # By level: p of what was coded, negative if that was a 0, and 0 where nothing was decided.
     ("path", np.int64, LEVELS_MOST),
-    ("worth", np.float64, 2 + EXPERTS),  # of the net, the bias and each expert: `weigh_experts`
+    ("worth", np.float64, 2 + EXPERTS),  # of the net, the mix and each expert: `weigh_experts`
 ])  # fmt: skip
 
 # --------------------------------------------------------------------------------------------------
@@ -4352,9 +4353,13 @@ CHOOSERS = tuple(a for a, context in enumerate(SLOT_CONTEXTS) if context.chooses
 SMALL_SLOTS = sum(context.size == "small" for context in SLOT_CONTEXTS)
 # The rate is FIRST_RATE / (1 + FADE * visits of the row), at least LAST_RATE, over the inputs.
 FIRST_RATE, LAST_RATE, FADE = np.float32(0.12), np.float32(0.003), np.float32(0.003)
-FIRST_WEIGHTS, BIAS_INPUT = 3.0, 0.3  # summed over sets and inputs; logit
-LEAST_TRUST = np.float32(0.02)
-NET_WEIGHT, OTHERS = np.float32(0.3), np.float32(0.75)  # when the net joins: its weight, theirs
+FIRST_WEIGHTS = 3.0  # summed over sets and inputs
+LEAST_TRUST = np.float32(0.001)
+# The net joins late, when the rates are low. A logit that is so much larger, with a weight so much
+# smaller, says the same and learns faster, by the gain's square. So does judge 0's mix, by which
+# judge 1 soon hears the contexts more or less than OTHERS, the share of their weights, says.
+NET_GAIN, MIX_GAIN = np.float32(4), np.float32(3)
+NET_WEIGHT, OTHERS = np.float32(0.25), np.float32(0.8)  # NET_WEIGHT: summed over sets
 
 
 def chooser_levels(vocab: int, memory_mb: int) -> int:
@@ -4434,7 +4439,7 @@ def join_net(past: Past) -> None:
     for table in (past.weights, past.visits, past.apm):
         table[1] = table[0]
     past.weights[1] *= OTHERS
-    past.weights[1, :, NET] = NET_WEIGHT / SETS
+    past.weights[1, :, NET], past.weights[1, :, MIX] = NET_WEIGHT / NET_GAIN / SETS, 0
     past.marks["joined"], past.marks["trust"] = 1, 0.5
 
 
@@ -4673,6 +4678,13 @@ def begin_token(fixed, past, now):
 
 
 @bare_kernel
+def judge_bit(fixed, past, now, judge):
+    """Mix what a judge hears, and refine it."""
+    now.mixed[judge] = mixed_logit(past, now, judge)
+    now.p[judge] = refined(fixed, past, now, judge)
+
+
+@bare_kernel
 def predict_bit(fixed, past, now, mass):
     """Let the experts speak, then each judge: write p."""
     slot_inputs(fixed, past, now)
@@ -4680,15 +4692,14 @@ def predict_bit(fixed, past, now, mass):
     match_input(fixed, past, now)
     choose_rows(fixed, past, now)
     choose_apm_rows(fixed, past, now)
+    judge_bit(fixed, past, now, 0)
+    now.p[2] = now.p[0]
     if now.judges == 2:
         for j in range(MATCH_INPUT, past.weights.shape[2]):
             now.inputs[1, j] = now.inputs[0, j]
-        now.inputs[1, NET] = fixed.stretch[(mass[2 * now.node + 1] << 12) // mass[now.node]]
-    for judge in range(now.judges):
-        now.mixed[judge] = mixed_logit(past, now, judge)
-        now.p[judge] = refined(fixed, past, now, judge)
-    now.p[2] = now.p[0]
-    if now.judges == 2:
+        net = fixed.stretch[(mass[2 * now.node + 1] << 12) // mass[now.node]]
+        now.inputs[1, NET], now.inputs[1, MIX] = NET_GAIN * net, MIX_GAIN * now.mixed[0]
+        judge_bit(fixed, past, now, 1)
         trust = past.marks[0].trust[now.level]
         p = trust * np.float32(now.p[1]) + (np.float32(1) - trust) * np.float32(now.p[0])
         now.p[2] = min(max(np.int64(p + np.float32(0.5)), 1), 65535)
@@ -4714,7 +4725,8 @@ def weigh_experts(fixed, now, bit):
     """Add up what the bit would cost judge 1's mix more, in nats, were one expert silent here.
 
     That is before the mix is refined, and before judge 1's is averaged with judge 0's. The other
-    weights stay as they are, so the worth of experts that say the same is understated.
+    weights stay as they are, so the worth of experts that say the same is understated. What judge
+    1 hears of an expert through judge 0's mix is not counted.
     """
     sign, mixed = 1 - 2 * bit, np.float64(0)
     for j in range(len(now.products)):
@@ -4861,7 +4873,6 @@ class LogisticMixer(ContextModel):
         experts = len(self.fixed.slot_rows)
         self.state = new_past(self.vocab, experts, capacity + 1, memory_mb)
         self.now, self.mass = np.zeros(1, WORK), np.zeros(2 << self.fixed.levels, np.int64)
-        self.now["inputs"][..., BIAS] = BIAS_INPUT
         self.before_last = -1  # tokens before the one whose traces `now` has, or -1
 
     @property
@@ -4910,9 +4921,9 @@ class LogisticMixer(ContextModel):
 
     def worth(self) -> dict[str, float]:
         slots = SLOT_CONTEXTS[: len(self.fixed.slot_rows)]
-        names = ["net", "bias", "match", *(c.name for c in (*CANDIDATE_CONTEXTS, *slots))]
+        names = ["net", "mix", "match", *(c.name for c in (*CANDIDATE_CONTEXTS, *slots))]
         nats = self.now["worth"][0, : 2 + FIRST_SLOT + len(slots)].tolist()
-        return {name: n for name, n in zip(names, nats, strict=True) if name != "bias"}
+        return {name: n for name, n in zip(names, nats, strict=True) if name != "mix"}
 
     def hear(self, logs: np.ndarray) -> np.ndarray:
         """The net's log-probabilities as kernels take them, in 2^-30; from now on it takes part."""

@@ -239,8 +239,8 @@ def test_the_golden_code():
 
 GOLDEN = {
     "text": "0728adbbd3e94a61a951496f95856feee6929b769b0c920dec9a38d8069c9122",
-    "code": "0286f5ac9ee40c711f41ac9782162df409d85d35abbaaf6d5a4d53203b59b86c",
-    "weights": "c7b4788842f3ac38d007e30a62f7e984c53d1603ba481cc35e9969fb1b07ecd5",
+    "code": "4d33d16544a6bbff78da70739ab3cbed3bacf376c32203c578173c39c3445747",
+    "weights": "6af365d9bf2df6528eed478f105dbe80cdfc6839c1893e79a94a509ab8e42df0",
 }
 
 
@@ -384,8 +384,8 @@ class Slow:
         self.with_net = True
         for table in (self.weights, self.visits, self.apm):
             table[1] = table[0]
-        self.weights[1] *= F(0.75)
-        self.weights[1, :, 0] = F(0.3) / t.SETS
+        self.weights[1] *= F(0.8)
+        self.weights[1, :, 0], self.weights[1, :, 1] = F(0.25) / F(4) / t.SETS, 0
         self.trust = [F(0.5)] * self.levels
 
     def back(self, k):
@@ -417,9 +417,9 @@ class Slow:
         return sum(int(r) + 1 for r, leaf in zip(row, self.leaf, strict=True) if low <= leaf < high)
 
     def experts(self, node, level, old, found, expected):
-        """(inputs without the net's, each expert's cell in the level's maps, or None)."""
+        """(inputs that judge 0 hears, each expert's cell in the level's maps, or None)."""
         levels, x, cells = self.levels, np.zeros(self.width, F), []
-        maps, x[1] = self.maps[level], 0.3
+        maps = self.maps[level]
         candidates, slots = 128, 128 + 200 * t.CANDIDATES
         cells.append(None)
         if expected is not None and (expected | self.leaves) >> (levels - level) == node:
@@ -503,13 +503,14 @@ class Slow:
             old = [self.slots.get(place, (2048, 0, (), 0)) for place in places]
             x, cells = self.experts(node, level, old, found, expected)
             sets = self.sets(node, level, old)
-            ps, told = [], None
+            ps, mixes, told = [], [], None
             for judge in range(1 + self.with_net):
                 if judge:
                     share = self.mass(row, 2 * node + 1, level + 1) << 12
                     share //= self.mass(row, node, level)
-                    x[0] = STRETCH[min(share, 4095)]
+                    x[0], x[1] = F(4) * STRETCH[min(share, 4095)], F(3) * mixes[0]
                 mixed = product(self.weights[judge][sets], x)
+                mixes.append(mixed)
                 if judge == self.with_net:
                     self.weigh(self.weights[judge][sets], x, bit)
                 p, rows, column = self.refine(judge, node, mixed)
@@ -539,7 +540,7 @@ class Slow:
 
     def weigh(self, weights, x, bit):
         """Nats that the bit would cost the mix more without the inputs of an expert."""
-        names = ["net", "bias", "match", *(c.name for c in t.CANDIDATE_CONTEXTS)]
+        names = ["net", "mix", "match", *(c.name for c in t.CANDIDATE_CONTEXTS)]
         names += [c.name for c in self.contexts for _ in range(3)]
 
         def cost(logit):
@@ -559,7 +560,7 @@ class Slow:
         coded = int(trust * F(p1) + (F(1) - trust) * F(p0) + F(0.5))
         a, b = (F(p if bit else 65536 - p) for p in (p0, p1))
         b = b * trust
-        self.trust[level] = min(max(b / (b + a * (F(1) - trust)), F(0.02)), F(1) - F(0.02))
+        self.trust[level] = min(max(b / (b + a * (F(1) - trust)), F(0.001)), F(1) - F(0.001))
         return min(max(coded, 1), 65535)
 
     def learn(self, token):
@@ -630,7 +631,7 @@ def test_the_slow_version_agrees(vocab, size, joins, experts):
         if joins == size and name != "maps":
             mine, its = mine[0], its[0]
         assert (mine == its).all(), name
-    del slow.worth["bias"]
+    del slow.worth["mix"]
     if joins < size:
         assert fast.worth() == pytest.approx(slow.worth, abs=1e-4)
         assert max(map(abs, slow.worth.values())) > 1
@@ -698,16 +699,15 @@ def test_words_are_those_of_the_text_in_lower_case():
 
 
 def test_a_net_that_knows_nothing_costs_nothing():
-    """Beside contexts that know the text: the judge that hears it is hardly trusted."""
-    text = np.tile(some_text(60), 30)
-    m = mixer(capacity=2000)
+    """A nat per level of the tree, over 1,200 tokens: the judge that hears it is hardly trusted."""
+    text = some_text(1800)
+    m = mixer(capacity=1800)
     m.code(text[:600])
     wrong = np.full((50, 50), -9.0, np.float32)
     wrong[np.arange(50), np.arange(50)] = np.log1p(-49 * np.exp(-9.0))
-    logs = wrong[(text[600:] + 1) % 50]  # sure of another token
+    logs = wrong[(text[600:] + np.resize(np.arange(1, 8), 1200)) % 50]  # sure of another token
     contexts, mixed = m.code(text[600:], logs).sum(axis=0)
-    assert mixed < contexts + 3 * m.fixed.levels
-    assert m.state.marks["trust"][0, : m.fixed.levels].mean() < 0.5
+    assert mixed < contexts + m.fixed.levels
 
 
 def test_the_hashed_map_knows_the_token_before():
