@@ -2734,6 +2734,9 @@ def check_same_run(facts: dict[str, Any], state: State, like: State, cfg: Knobs,
 
     like: a state of this run; text: the fingerprint of its training text.
     """
+    if facts.get("format") != FORMAT_VERSION:  # it goes on with its code of the training text
+        raise UserError("RESUME=1: the checkpoint is of another script, which packs text another "
+                        "way: go on with the script that is in its folder")  # fmt: skip
     if facts["text"] != text:
         raise UserError("RESUME=1: another training text or tokenizer than before: see DATA_PATH")
     for name, value in settings_of(cfg, "train", "model").items():
@@ -3256,7 +3259,7 @@ class Keeper:
         if trainer.ranks.rank == 0:
             arrays, counters = trainer.state()
             knobs, sizes = settings_of(trainer.cfg, *KEPT_SCOPES), self.report.sizes()
-            facts = {"knobs": knobs, "text": self.text, "sizes": sizes}
+            facts = {"format": FORMAT_VERSION, "knobs": knobs, "text": self.text, "sizes": sizes}
             for name in (name for name, size in sizes.items() if size):
                 wait_for_disk(self.report.folder / name)
             try:
@@ -3716,7 +3719,8 @@ class BackoffMixer(ContextModel):
 # slot of "order 2" was found at level 0; its cell 5 holds logit 2.0 (2,560: 256ths from -8), count
 # 3, the bits 1 1 1 and the correction 0.5 (288: 64ths from -4).
 #  1. The expert's inputs are 2.0, from the map's cell for the bits 1 1 1, say, 1.6, and 0.5.
-#     The net's input is the logit of its mass below node 11 over its mass below node 5.
+#     The net's input is the logit of its mass below node 11 over its mass below node 5, times 4;
+#     the other that only judge 1 hears is the mixed logit of judge 0, times 3.
 #  2. Nine rows of weights, added and multiplied by the inputs, give the mixed logit 1.2: p = 0.77.
 #     The two refining maps say 0.80 for such a logit, so p = 0.34 x 0.77 + 0.66 x 0.80 = 0.79.
 #  3. The bit is 1. The coder keeps the lower 0.79 of its interval; that costs 0.34 bits.
@@ -3887,7 +3891,7 @@ WORK = np.dtype([  # `now`: first what is known of a token, then of one of its d
     ("cell_at", np.int64),  # of the node in its slot, 1 .. 7
     ("top", np.int64),  # level where the slot begins
     ("seen", np.int64),  # small slot experts whose cell has a count
-    ("inputs", np.float32, (2, WIDTH)),  # logits, per judge
+    ("inputs", np.float32, (2, WIDTH)),  # logits, some times a gain, per judge
     # By level, so that the last token can be undone: see `restore`.
     ("map_at", np.int64, (LEVELS_MOST, EXPERTS)),  # the expert's cell in the maps, -1 if silent
     ("set_rows", np.int64, (LEVELS_MOST, SETS)),  # the row of `weights` of each weight set
@@ -4355,11 +4359,11 @@ SMALL_SLOTS = sum(context.size == "small" for context in SLOT_CONTEXTS)
 FIRST_RATE, LAST_RATE, FADE = np.float32(0.12), np.float32(0.003), np.float32(0.003)
 FIRST_WEIGHTS = 3.0  # summed over sets and inputs
 LEAST_TRUST = np.float32(0.001)
-# The net joins late, when the rates are low. A logit that is so much larger, with a weight so much
-# smaller, says the same and learns faster, by the gain's square. So does judge 0's mix, by which
-# judge 1 soon hears the contexts more or less than OTHERS, the share of their weights, says.
+# The net joins late, when the rates are low. Its logit is multiplied by NET_GAIN and its weight
+# divided by that: it says the same at first, and learns faster, by the gain's square. The contexts
+# keep OTHERS of their weights. Whether that is enough, the weight of judge 0's mix learns as fast.
 NET_GAIN, MIX_GAIN = np.float32(4), np.float32(3)
-NET_WEIGHT, OTHERS = np.float32(0.25), np.float32(0.8)  # NET_WEIGHT: summed over sets
+NET_WEIGHT, OTHERS = np.float32(0.25), np.float32(0.8)  # NET_WEIGHT: of its logit, over all sets
 
 
 def chooser_levels(vocab: int, memory_mb: int) -> int:
@@ -4435,7 +4439,7 @@ def learn_weights(fixed, past, now, judge, bit):
 
 
 def join_net(past: Past) -> None:
-    """Let the net in: judge 1, which hears it, starts as a copy of judge 0."""
+    """Let the net in: judge 1, which hears it, starts from judge 0's weights and maps."""
     for table in (past.weights, past.visits, past.apm):
         table[1] = table[0]
     past.weights[1] *= OTHERS

@@ -409,6 +409,15 @@ def test_other_settings_cannot_take_over_a_checkpoint(make_trainer, tmp_path):
         resume(make_trainer(EMA_DECAY=0.5), path)
 
 
+def test_a_checkpoint_whose_text_is_packed_another_way_is_refused(
+    make_trainer, tmp_path, monkeypatch
+):
+    path = save(make_trainer(), tmp_path)
+    monkeypatch.setattr(t, "FORMAT_VERSION", t.FORMAT_VERSION + 1)
+    with pytest.raises(t.UserError, match="packs text another way"):
+        resume(make_trainer(), path)
+
+
 def test_another_tokenizers_checkpoint_is_refused(make_trainer, tmp_path):
     trainer = make_trainer()
     path = save(trainer, tmp_path)
