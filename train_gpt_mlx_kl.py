@@ -322,9 +322,9 @@ class Knobs:
     engram_n_heads: int = knob(2, "tables per order", "model", lo=1, hi=16)
     bigram_hash_size: int = knob(4096, "rows of BigramHash's table; 0: off", "model", hi=65536)
     skipgram_hash_size: int = knob(0, "rows of SkipGram's table; 0: off", "model", hi=65536)
-    mixer_memory_mb: int = knob(4000, "MiB of the context models' tables; unset: by the text",
+    mixer_memory_mb: int = knob(6000, "MiB of the context models' tables; unset: by the text",
                                 "model", lo=1, hi=1 << 15, needs="MIXER=logistic")  # fmt: skip
-    mixer_size: str = knob("medium", "how many contexts; large: medium's by two trees", "model",
+    mixer_size: str = knob("medium", "how many contexts; large: medium's by three trees", "model",
                            choices="small medium large", needs="MIXER=logistic")  # fmt: skip
 
     mixer: str = knob("logistic", "context models", "eval", choices="logistic backoff off")
@@ -2461,15 +2461,15 @@ def tree_levels(vocab: int) -> int:
 
 
 def tree_count(size: str) -> int:
-    """Trees of a mixer of MIXER_SIZE: see `MixerPair`."""
-    return 1 + (size == "large")
+    """Trees of a mixer of MIXER_SIZE: see `MixerGroup`."""
+    return len(TREES) if size == "large" else 1
 
 
 @dataclass(frozen=True)
 class PackedText:
     """Training text inside an artifact, as the logistic mixer's code; decoding it is priming."""
 
-    leaves: np.ndarray  # (1 or 2, V) int64: the mixer's trees, see `token_trees`
+    leaves: np.ndarray  # (1 to 3, V) int64: the mixer's trees, see `token_trees`
     token_count: int
     sha256: str  # of the text's tokens, little-endian int32
     code: bytes
@@ -2607,7 +2607,7 @@ def read_artifact(path: Path) -> Artifact:
 def parse_packed(facts: list, raw: bytes, vocab: int, code: bytes) -> PackedText:
     """The packed text of an artifact; raw: its trees, and more. Raises ValueError."""
     count, digest, trees = facts
-    if not (type(count) is int and 0 <= count <= PACKED_TOKENS_MOST and trees in (1, 2)):
+    if not (type(count) is int and 0 <= count <= PACKED_TOKENS_MOST and trees in (1, 2, 3)):
         raise ValueError(f"{count} packed tokens, {trees} trees")
     leaves = np.frombuffer(raw, "<u2", trees * vocab).astype(np.int64).reshape(trees, vocab)
     if leaves.max() >> tree_levels(vocab) or any(len(np.unique(x)) < vocab for x in leaves):
@@ -3458,6 +3458,7 @@ class ContextModel:
     """
 
     state: tuple[np.ndarray, ...] = ()
+    along = True  # where a coder's tokens are read by others as well: at once, not when asked
 
     @property
     def learned(self) -> int:
@@ -3712,8 +3713,8 @@ class BackoffMixer(ContextModel):
 # weights and maps of its own. Judge 0 hears the contexts alone; judge 1 hears the net as well, and
 # what judge 0 made of the contexts. What is coded is the mean of their probabilities, weighted by
 # Bayes' rule: who was right counts for more.
-# TWO TREES. MIXER_SIZE=large is two such mixers side by side, whose trees differ. A token's
-# probability is the mean of theirs: see `MixerPair`.
+# THREE TREES. MIXER_SIZE=large is three such mixers side by side, whose trees differ. A token's
+# probability is the mean of theirs: see `MixerGroup`.
 #
 # ONE DECISION. The path so far is left, then right: bits 0 1. The node is 5 and the level 2. The
 # slot of "order 2" was found at level 0; its cell 5 holds logit 2.0 (2,560: 256ths from -8), count
@@ -3807,7 +3808,7 @@ class Context(NamedTuple):
     Rows of a table must differ in these five: experts with one key would share their cells.
     sparse: most of what is seen once does not come back, so of a new key only the first slot stays.
     size: the smallest MIXER_SIZE that the expert is part of; the rows are in the sizes' order.
-    Large has medium's experts by two trees, see `MixerPair`.
+    Large has medium's experts by three trees, see `MixerGroup`.
     chooses: the slot's count helps to choose a row of the sixth weight set, which it makes 8 times
     larger; such a context is small. Size and chooses are of no effect in candidates.
     """
@@ -3982,18 +3983,24 @@ def learn_maps(fixed, past, now, bit):
 # The tree
 
 
-TREES = (1.0, 0.4), (1.0, 1.0)  # by tree: what counts how much, the token before or the one after
+class Likeness(NamedTuple):
+    """What makes two tokens alike."""
+
+    before: float = 1.0  # how much the tokens before them count
+    after: float = 0.4  # and those after them
+    components: int = 60  # principal ones, of both
+
+
+TREES = Likeness(), Likeness(after=1.0), Likeness(components=8)
 
 
 def token_trees(text: np.ndarray, vocab: int, size: str) -> np.ndarray:
-    """The trees of a mixer of MIXER_SIZE: (1 or 2, V) int64, see `token_tree`."""
-    return np.stack([token_tree(text, vocab, shares) for shares in TREES[: tree_count(size)]])
+    """The trees of a mixer of MIXER_SIZE: (1 or 3, V) int64, see `token_tree`."""
+    return np.stack([token_tree(text, vocab, like) for like in TREES[: tree_count(size)]])
 
 
-def token_tree(
-    text: np.ndarray, vocab: int, shares: tuple[float, float] = TREES[0]
-) -> np.ndarray:  # fmt: skip
-    """Leaf of each token in a binary tree: alike tokens lie close. (V,) int64. shares: see TREES.
+def token_tree(text: np.ndarray, vocab: int, like: Likeness = TREES[0]) -> np.ndarray:
+    """Leaf of each token in a binary tree: alike tokens lie close. (V,) int64.
 
     Tokens are alike if the same tokens come before and after them, as counted in `text`. A node's
     tokens are split by their first principal component, then by 2-means.
@@ -4009,11 +4016,11 @@ def token_tree(
         return np.sqrt(pairs / np.maximum(pairs.sum(axis=1, keepdims=True), 1))
 
     x = root_shares(text[1:], text[:-1]), root_shares(text[:-1], text[1:])
-    x = np.hstack([np.float32(share) * part for share, part in zip(shares, x, strict=True)])
+    x = np.hstack([np.float32(share) * part for share, part in zip(like[:2], x, strict=True)])
     share = (frequency / max(frequency.sum(), 1))[:, None]
     x -= (x * share).sum(axis=0)
     _, vectors = np.linalg.eigh((x * share).T @ x)
-    x, weight = x @ vectors[:, -60:], np.sqrt(frequency + 1)[:, None]
+    x, weight = x @ vectors[:, -like.components :], np.sqrt(frequency + 1)[:, None]
     nodes, leaf = [np.arange(vocab)], np.zeros(vocab, np.int64)
     for below in range(tree_levels(vocab) - 1, -1, -1):
         nodes = [side for node in nodes for side in parted(node, x[node], weight[node], 1 << below)]
@@ -4593,14 +4600,14 @@ class Coder:
 
 
 class Stack:
-    """A code of tokens by two mixers at once, that is being written, or with `data` being read.
+    """A code of tokens by several mixers at once, that is being written, or with `data` being read.
 
-    A token has a path by each tree, so no bit can be coded by the mean of both. But one mixer may
-    code it, if the choice, which costs a bit, carries something: "bits back" (Frey, Hinton,
+    A token has a path by each tree, so no bit can be coded by the mean of all. But one mixer may
+    code it, if the choice, which costs bits, carries something: "bits back" (Frey, Hinton,
     doi:10.1093/comjnl/40.2_and_3.157). The writer takes bits off the code that is there already
     and reads them as the choice, each mixer as likely as its share of the token's probability. Then
-    it writes the token's path by that mixer, and the choice as one bit. The reader, who gets both,
-    knows the shares as well and puts the bits back. In all that costs what the mean does.
+    it writes the token's path by that mixer, and the choice, all as likely. The reader, who gets
+    both, knows the shares as well and puts the bits back. In all that costs what the mean does.
     So a code has to give back first what was written last: asymmetric numeral systems (Duda,
     arXiv:1311.2540), a number whose last digits are the newest. A text is written from its end.
     """
@@ -4608,7 +4615,7 @@ class Stack:
     FIRST, head_bytes = 1 << 16, 2  # the number before anything is written
 
     def __init__(self, data: bytes | None = None) -> None:
-        self.notes: list[tuple[np.ndarray, int]] = []  # of each token, see `note`
+        self.notes: list[tuple[np.ndarray, list[int]]] = []  # of each token, see `note`
         size = len(data or b"")
         self.buffer = np.frombuffer((data or b"") + bytes(8), np.uint8).copy()
         self.state = np.array([0, size], np.uint64)  # the number; its digits in the buffer
@@ -4624,29 +4631,29 @@ class Stack:
     def flush(self) -> None:
         """See `Coder`."""
 
-    def note(self, paths: np.ndarray, share: int) -> None:
-        """A token to be written: its `path` (2, L) by each mixer, and the second one's share of
-        its probability in 65,536ths."""
-        self.notes.append((paths, share))
+    def note(self, paths: np.ndarray, shares: list[int]) -> None:
+        """A token to be written: its `path` (n, L) by each mixer; shares: see `take_choice`."""
+        self.notes.append((paths, shares))
 
-    def choice(self) -> int:
-        """Read which mixer coded the next token."""
-        return pop_bit(self.state, self.buffer, 1 << 15)
+    def choice(self, count: int) -> int:
+        """Read which mixer of so many coded the next token."""
+        return take_choice(self.state, self.buffer, even_shares(count))
 
-    def give_back(self, which: int, share: int) -> None:
+    def give_back(self, which: int, shares: list[int]) -> None:
         """Write which mixer it was, as its writer had read it."""
-        push_bit(self.state, self.buffer, share, which)
+        put_choice(self.state, self.buffer, which, shares)
 
     def finish(self) -> bytes:
         """The whole code."""
         state = np.array([self.FIRST, 0], np.uint64)
-        buffer = np.zeros(2 * (LEVELS_MOST + 1) * len(self.notes) + 8, np.uint8)
-        for paths, share in reversed(self.notes):
-            which = pop_bit(state, buffer, share)
+        decisions = sum(paths.shape[1] + len(paths) for paths, _ in self.notes)
+        buffer = np.zeros(2 * decisions + 8, np.uint8)
+        for paths, shares in reversed(self.notes):
+            which = take_choice(state, buffer, shares)
             for p in paths[which, ::-1].tolist():
                 if p:
                     push_bit(state, buffer, abs(p), p > 0)
-            push_bit(state, buffer, 1 << 15, which)
+            put_choice(state, buffer, which, even_shares(len(paths)))
         number, digits = state.tolist()
         size = (number.bit_length() + 7) // 8
         return buffer[:digits].tobytes() + number.to_bytes(size, "little")
@@ -4654,6 +4661,25 @@ class Stack:
     def surplus(self) -> int:
         """0 where all was read, to what was there before anything was written; else negative."""
         return -(self.state.tolist() != [self.FIRST, 0])
+
+
+def take_choice(state: np.ndarray, buffer: np.ndarray, shares: list[int]) -> int:
+    """Take one of n things from a stack. shares (n,): of each among it and those before it."""
+    for i in range(len(shares) - 1, 0, -1):
+        if pop_bit(state, buffer, shares[i]):
+            return i
+    return 0
+
+
+def put_choice(state: np.ndarray, buffer: np.ndarray, which: int, shares: list[int]) -> None:
+    """Put one of n things on a stack, from which `take_choice` takes it."""
+    for i in range(max(which, 1), len(shares)):
+        push_bit(state, buffer, shares[i], i == which)
+
+
+def even_shares(count: int) -> list[int]:
+    """The shares of things that are all as likely: see `take_choice`."""
+    return [65536 // (i + 1) for i in range(count)]
 
 
 AnyCoder = Coder | Stack
@@ -4962,48 +4988,68 @@ class LogisticMixer(ContextModel):
 
 
 @functools.cache
-def second_thread() -> ThreadPoolExecutor:
-    """Where the second mixer of a pair works."""
-    return ThreadPoolExecutor(1)
+def other_threads() -> ThreadPoolExecutor:
+    """Where the mixers of a group work, all but the first."""
+    return ThreadPoolExecutor(len(TREES) - 1)
 
 
-class MixerPair(ContextModel):
-    """Two mixers whose trees differ; a token's probability is the mean of theirs.
+class MixerGroup(ContextModel):
+    """Mixers whose trees differ; a token's probability is the mean of theirs.
 
     What is learned at a node is shared by the tokens below it. So by another tree other mistakes
-    are made, and the mean of both is better than either.
+    are made, and the mean is better than each.
     """
 
     coder = Stack
     begin, cost = LogisticMixer.begin, LogisticMixer.cost
 
-    def __init__(self, first: LogisticMixer, second: LogisticMixer) -> None:
-        self.mixers, self.vocab = (first, second), first.vocab
-        self.behind: Future | None = None  # what the second one still reads
+    def __init__(self, mixers: list[LogisticMixer]) -> None:
+        self.mixers, self.vocab = mixers, mixers[0].vocab
+        self.reading: list[Future] = []  # what the others still read
 
     @property
     def state(self) -> tuple[np.ndarray, ...]:
-        """That of both."""
-        first, second = self.both()
-        return (*first.state, *second.state)
+        """That of all."""
+        return tuple(array for mixer in self.all() for array in mixer.state)
 
     @property
     def learned(self) -> int:
         """Tokens learned so far."""
         return self.mixers[0].learned
 
-    def both(self) -> tuple[LogisticMixer, LogisticMixer]:
+    def all(self) -> list[LogisticMixer]:
         """The mixers, once they have read the same text."""
-        behind, self.behind = self.behind, None
-        if behind:
-            behind.result()
+        self.wait()
+        for _ in self.catch_up():
+            pass
         return self.mixers
+
+    def wait(self) -> None:
+        """Wait for what the others are reading."""
+        reading, self.reading = self.reading, []
+        for future in reading:
+            future.result()
+
+    def catch_up(self) -> Iterator[int]:
+        """Let the others read what the first one coded alone; yields how many tokens they know."""
+        self.wait()
+        at, history = self.mixers[-1].learned, self.mixers[0].state.history
+        while at < self.learned:
+            end = min(at + PACK_CHUNK, self.learned)
+            self.read(history[at:end])
+            self.wait()
+            yield (at := end)
+
+    def read(self, tokens: np.ndarray) -> None:
+        """Let the others read tokens, in threads."""
+        wide = tokens.astype(np.int64)  # a copy: the caller goes on
+        self.reading = [other_threads().submit(m.code, wide) for m in self.mixers[1:]]
 
     def code(
         self, tokens: np.ndarray, logs: np.ndarray | None = None,
         coder: AnyCoder | None = None,
     ) -> np.ndarray:  # fmt: skip
-        """See `LogisticMixer.code`. A Coder has the first mixer's code, a Stack that of both."""
+        """See `LogisticMixer.code`. A Coder has the first mixer's code, a Stack that of all."""
         if isinstance(coder, Coder):
             return self.code_first(tokens, coder)
         if isinstance(coder, Stack):
@@ -5011,36 +5057,37 @@ class MixerPair(ContextModel):
             for i, row in enumerate(rows if logs is None else logs[:, None]):
                 nats[i] = self.code_token(tokens[i : i + 1], row, coder)
             return nats
-        first, second = self.both()
+        first, *others = self.all()
         if len(tokens) < 64:  # for which a thread does not pay: an audit takes 2 s in place of 13
-            return mean_nats(first.code(tokens, logs), second.code(tokens, logs))
-        other = second_thread().submit(second.code, tokens, logs)
-        return mean_nats(first.code(tokens, logs), other.result())
+            return mean_nats([mixer.code(tokens, logs) for mixer in self.mixers])
+        reading = [other_threads().submit(mixer.code, tokens, logs) for mixer in others]
+        return mean_nats([first.code(tokens, logs), *(future.result() for future in reading)])
 
     def code_first(self, tokens: np.ndarray, coder: Coder) -> np.ndarray:
-        """Let the first mixer code tokens, while the second one reads those before them."""
+        """Let the first mixer code tokens, while the others read those before them, if `along`."""
         nats = self.mixers[0].code(tokens, None, coder)
-        _, second = self.both()
-        self.behind = second_thread().submit(second.code, tokens.copy())
+        if self.along:
+            self.wait()
+            self.read(tokens)
         return nats
 
     def code_token(self, token: np.ndarray, logs: np.ndarray | None, stack: Stack) -> np.ndarray:
         """Write or read a token (1,): see `Stack`."""
-        mixers = self.both()
-        if not stack.reads:
-            nats = [mixer.code(token, logs) for mixer in mixers]
-            paths = np.stack([mixer.now["path"][0] for mixer in mixers])
-            stack.note(paths, second_share(*nats))
-            return mean_nats(*nats)
-        which = stack.choice()
-        nats = {which: mixers[which].code(token, logs, stack)}
-        nats[1 - which] = mixers[1 - which].code(token, logs)
-        stack.give_back(which, second_share(nats[0], nats[1]))
-        return mean_nats(nats[0], nats[1])
+        mixers = self.all()
+        which = stack.choice(len(mixers)) if stack.reads else -1
+        nats = {which: mixers[which].code(token, logs, stack)} if stack.reads else {}
+        nats |= {i: m.code(token, logs) for i, m in enumerate(mixers) if i != which}
+        costs = [nats[i] for i in range(len(mixers))]
+        shares = shares_so_far([cost[0, 1] for cost in costs])
+        if stack.reads:
+            stack.give_back(which, shares)
+        else:
+            stack.note(np.stack([mixer.now["path"][0] for mixer in mixers]), shares)
+        return mean_nats(costs)
 
     def worth(self) -> dict[str, float]:
-        one, two = (mixer.worth() for mixer in self.both())
-        return {name: (one[name] + two[name]) / 2 for name in one}
+        each = [mixer.worth() for mixer in self.all()]
+        return {name: sum(worth[name] for worth in each) / len(each) for name in each[0]}
 
     def text_sha256(self) -> str:
         """SHA-256 of all tokens so far, as little-endian int32."""
@@ -5048,23 +5095,25 @@ class MixerPair(ContextModel):
 
     def restore(self, saved: tuple[np.ndarray, ...]) -> None:
         """See `LogisticMixer.restore`."""
-        first, second = self.both()
-        first.restore(saved[: len(Past._fields)])
-        second.restore(saved[len(Past._fields) :])
+        size = len(Past._fields)
+        for i, mixer in enumerate(self.all()):
+            mixer.restore(saved[i * size : (i + 1) * size])
 
 
-Mixer = LogisticMixer | MixerPair
+Mixer = LogisticMixer | MixerGroup
 
 
-def mean_nats(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Nats of two models -> nats by the mean of their probabilities."""
-    return math.log(2) - np.logaddexp(-a, -b)
+def mean_nats(nats: list[np.ndarray]) -> np.ndarray:
+    """Nats of several models -> nats by the mean of their probabilities."""
+    return math.log(len(nats)) - np.logaddexp.reduce([-part for part in nats])
 
 
-def second_share(first: np.ndarray, second: np.ndarray) -> int:
-    """The second mixer's share of a token's probability, in 65,536ths, by the nats (1, 2)."""
-    gap = min(max(second[0, 1] - first[0, 1], -30), 30)
-    return min(max(round(65536 / (1 + math.exp(gap))), 1), 65535)
+def shares_so_far(nats: list[float]) -> list[int]:
+    """Nats of a token by several mixers -> each one's share, in 65,536ths, of the probability by it
+    and those before it: see `take_choice`."""
+    logs = np.negative(nats)
+    shares = np.exp(logs - np.logaddexp.accumulate(logs)) * 65536
+    return np.clip(np.rint(shares), 1, 65535).astype(int).tolist()
 
 
 def new_context_model(
@@ -5072,7 +5121,7 @@ def new_context_model(
 ) -> ContextModel:
     """MIXER's context model for a text of `capacity` tokens; it has seen nothing yet.
 
-    leaves: (1 or 2, V), the mixers' trees.
+    leaves: (trees, V), one for each mixer.
     """
     if cfg.mixer == "off":
         return ContextModel()
@@ -5083,7 +5132,7 @@ def new_context_model(
     memory_mb = max((memory_mb or cfg.mixer_memory_mb) // len(leaves), 1)
     mixers = [LogisticMixer(tokenizer, leaf, capacity, memory_mb, cfg.mixer_size)
               for leaf in leaves]  # fmt: skip
-    return MixerPair(*mixers) if len(mixers) == 2 else mixers[0]
+    return MixerGroup(mixers) if len(mixers) > 1 else mixers[0]
 
 
 # ==================================================================================================
@@ -5096,7 +5145,10 @@ MESSAGE_TOKENS = 256  # of validation text, coded by the mixer that packed: see 
 
 
 class Packer:
-    """Codes training text beside the training, in a thread per tree, each with a core of its own.
+    """Codes training text beside the training, in a thread with a core of its own.
+
+    Of several mixers it needs the first. On a CPU the others read the text after the training, for
+    the message; where a GPU trains or nothing does, cores are free for them at once.
 
     It takes the text from its start: shards hold documents in random order, and a choice of
     documents is worth nothing on text of one kind (tests/benchmarks/README.md).
@@ -5128,7 +5180,7 @@ class Packer:
         spent_s = max(spent_s, self.seconds)  # by the training or by the packing before a stop
         self.deadline = self.begin + (self.cfg.max_wallclock_seconds or math.inf) - spent_s
         self.begin -= self.seconds
-        self.workers.reserved = tree_count(self.cfg.mixer_size)
+        self.workers.reserved = 1
         with interrupts.held():  # a thread half started would be taken for one that has ended
             self.ended.clear()
             threading.Thread(target=self.run, daemon=True).start()
@@ -5163,8 +5215,10 @@ class Packer:
         text = text[: int(self.budget / 0.3)]  # a token takes more than 0.3 bytes
         room = len(text) + MESSAGE_TOKENS + 1
         self.mixer = new_context_model(self.cfg, self.tokenizer, self.leaves, room)
+        self.mixer.along = not (on_cpu() and self.cfg.max_wallclock_seconds)
         for at in range(0, self.count, PACK_CHUNK):  # coded before a checkpoint: it has the code
-            self.mixer.code(text[at : min(at + PACK_CHUNK, self.count)].astype(np.int64))
+            chunk = text[at : min(at + PACK_CHUNK, self.count)].astype(np.int64)
+            self.mixer.code(chunk, None, Coder())
         while self.time_left() > 0:
             free = self.budget - len(self.coder.out) - 8
             size = min(PACK_CHUNK, free // 3)  # 3 bytes per token: more than text takes
@@ -5438,7 +5492,7 @@ def prime_contexts(
 ) -> ContextModel:  # fmt: skip
     """A context model for so many tokens, which has read the artifact's text and nothing else.
 
-    first: of two mixers, the first one alone.
+    first: of a group of mixers, the first one alone.
     """
     packed, mib = artifact.packed if cfg.mixer == "logistic" else None, memory_limit() >> 20
     if packed and cfg.mixer_memory_mb > mib:
@@ -5447,7 +5501,7 @@ def prime_contexts(
     leaves, paid, memory_mb = None, 0, 0
     if packed:
         leaves, paid = packed.leaves[: 1 if first else None], packed.token_count
-        memory_mb = cfg.mixer_memory_mb * len(leaves) // len(packed.leaves)
+        memory_mb = max(cfg.mixer_memory_mb * len(leaves) // len(packed.leaves), 1)
     context_model = new_context_model(cfg, artifact.tokenizer, leaves, tokens + paid, memory_mb)
     if packed:
         unpack(context_model, packed, "priming")
@@ -5852,8 +5906,8 @@ class Predictor:
         """
         if not self.mixer:
             return self.net.logs
-        if isinstance(self.mixer, MixerPair):
-            return -mean_nats(*(-self.at_rest(mixer) for mixer in self.mixer.both()))
+        if isinstance(self.mixer, MixerGroup):
+            return -mean_nats([-self.at_rest(mixer) for mixer in self.mixer.all()])
         return self.at_rest(self.mixer)
 
     def at_rest(self, mixer: LogisticMixer) -> np.ndarray:
@@ -6302,6 +6356,7 @@ def fit_memory(
     if not env.get("MIXER_MEMORY_MB"):
         packed = cfg.pack_text_bytes if cfg.pack_text_bytes >= 0 else ARTIFACT_LIMIT_BYTES
         needed = 750 + min(train_tokens, 2 * packed) // 4000  # a token takes half a byte
+        needed *= tree_count(cfg.mixer_size)
         needed, held = min(cfg.mixer_memory_mb, needed), max(limit // 4 >> 20, 1)
         cfg = dataclasses.replace(cfg, mixer_memory_mb=min(needed, held))
         if held < needed and cfg.mixer == "logistic":
@@ -6569,10 +6624,10 @@ def train_run(
             if ranks.rank:
                 return
             mx.clear_cache()  # of what training has freed
-            if packer and cfg.audit:
-                write_first_message(cfg, packer.mixer, report.folder / "artifact.bin", folder)
             text_facts = {"tokenizer_bytes": size, "val_sha256": text.sha256}
             report.event({**made, **text_facts}, EXPORT_LINE)
+            if packer and cfg.audit:
+                write_first_message(cfg, packer.mixer, report, folder)
 
 
 def check_text(
@@ -6598,10 +6653,15 @@ def check_text(
     return dataclasses.replace(text, overlap=(documents, tokens))
 
 
-def write_first_message(cfg: Knobs, mixer: Mixer, path: Path, folder: Path) -> None:
-    """Write the message of an artifact by the mixer that has coded its text."""
+def write_first_message(cfg: Knobs, mixer: Mixer, report: Report, folder: Path) -> None:
+    """Write the message of a run's artifact by the mixer that has coded its text."""
+    if isinstance(mixer, MixerGroup) and not mixer.along:
+        report.line("the mixers of the other trees read the packed text, to encode a message")
+        show = show_progress("reading")
+        for tokens in mixer.catch_up():
+            show(tokens, mixer.learned, "")
     with make_workers(cfg) as workers:  # as the scoring program makes them: rows must be equal
-        scoring = Scoring.load(cfg, path, folder, workers)
+        scoring = Scoring.load(cfg, report.folder / "artifact.bin", folder, workers)
         mixer.begin(int(scoring.text.tokens[0]))
         _, _, nats, coder = scoring.code_message(mixer, "standard", None)
         scoring.write_message(nats, coder)

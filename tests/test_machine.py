@@ -148,18 +148,21 @@ def test_settings_fit_a_small_machine(monkeypatch):
     assert t.activation_bytes(fitted, 1024, fitted.mlx_max_microbatch_tokens) <= 5_300_000_000 // 3
     assert fitted.mlx_max_microbatch_tokens == 4096 and "MICROBATCH_TOKENS=4096" in lines[1]
     own = {"MIXER_MEMORY_MB": "1950", "MLX_MAX_MICROBATCH_TOKENS": "8192"}
-    assert t.fit_memory(cfg, 1024, own, 10**8) == (cfg, [])
+    set_by_hand = t.dataclasses.replace(cfg, mixer_memory_mb=1950)
+    assert t.fit_memory(set_by_hand, 1024, own, 10**8) == (set_by_hand, [])
     monkeypatch.setattr(t, "memory_limit", lambda: 64 << 30)
     assert t.fit_memory(cfg, 1024, {}, 10**8) == (cfg, [])
 
 
 def test_tables_are_as_large_as_the_text_needs(monkeypatch):
-    """A quarter of a GiB for each million tokens that may be packed, and three quarters more."""
+    """A quarter of a GiB for each million tokens that may be packed, and three quarters more, per
+    tree."""
     monkeypatch.setattr(t, "memory_limit", lambda: 64 << 30)
     for tokens, env, want in (
-        (10**6, {}, 1000), (10**7, {"PACK_TEXT_BYTES": "1000000"}, 1250), (10**8, {}, 4000),
-        (10**8, {"PACK_TEXT_BYTES": "0"}, 750), (10**6, {"MIXER_MEMORY_MB": "99"}, 99),
-        (10**6, {"MIXER": "off"}, 1000),  # runs with and without a mixer differ in MIXER alone
+        (10**6, {}, 3000), (10**7, {"PACK_TEXT_BYTES": "1000000"}, 3750), (10**8, {}, 6000),
+        (10**8, {"PACK_TEXT_BYTES": "0"}, 2250), (10**6, {"MIXER_MEMORY_MB": "99"}, 99),
+        (10**7, {"MIXER_SIZE": "medium"}, 3250),
+        (10**6, {"MIXER": "off"}, 3000),  # runs with and without a mixer differ in MIXER alone
     ):  # fmt: skip
         cfg = t.knobs_from_env({"PRESET": "mac", **env})[0]
         assert t.fit_memory(cfg, 1024, env, tokens)[0].mixer_memory_mb == want

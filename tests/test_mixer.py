@@ -725,12 +725,36 @@ def test_the_hashed_map_knows_the_token_before():
 
 
 # --------------------------------------------------------------------------------------------------
-# Two trees
+# Three trees
 
 
-def pair(vocab=50, capacity=1000):
-    first, second = shuffled(vocab), shuffled(vocab)[::-1].copy()
-    return t.MixerPair(*(t.LogisticMixer(facts(vocab), x, capacity, 1) for x in (first, second)))
+def group(vocab=50, capacity=1000):
+    first = shuffled(vocab)
+    leaves = first, first[::-1].copy(), np.roll(first, vocab // 3)
+    return t.MixerGroup([t.LogisticMixer(facts(vocab), x, capacity, 1) for x in leaves])
+
+
+@pytest.mark.parametrize("shares", [[65536, 40000], [65536, 1, 65535], t.even_shares(5)])
+def test_a_choice_costs_what_it_is_worth_and_comes_back(shares):
+    """shares[i] is of i among 0 .. i, so P(i) is that times what i + 1 and all above leave."""
+    left = np.cumprod([1, *(1 - np.array(shares[:0:-1]) / 65536)])[::-1]  # of 0 .. i, all n
+    worth = -np.log2(left * np.array([1, *(np.array(shares[1:]) / 65536)]))
+    assert np.exp2(-worth).sum() == pytest.approx(1)
+    for which in range(len(shares)):
+        state, buffer = np.array([t.Stack.FIRST, 0], np.uint64), np.zeros(9000, np.uint8)
+        for _ in range(1000):
+            t.put_choice(state, buffer, which, shares)
+        held = 8 * int(state[1]) + math.log2(int(state[0])) - 16
+        assert held == pytest.approx(1000 * worth[which], rel=1e-3, abs=2)
+        assert {t.take_choice(state, buffer, shares) for _ in range(1000)} == {which}
+        assert state.tolist() == [t.Stack.FIRST, 0]
+
+
+def test_shares_are_of_each_among_those_up_to_it():
+    p = np.array([0.2, 0.05, 0.15, 1e-9])
+    want = p / np.cumsum(p) * 65536
+    np.testing.assert_allclose(t.shares_so_far(-np.log(p))[1:], [*want[1:3], 1], atol=0.51)
+    assert t.shares_so_far([30.0, 0.0])[1] == 65535
 
 
 @pytest.mark.parametrize("kind", ["uniform", "extreme"])
@@ -751,107 +775,122 @@ def test_a_stack_gives_back_what_was_put_there_last(kind):
 
 
 @pytest.mark.parametrize("with_net", [False, True])
-def test_a_pair_costs_the_mean_of_its_mixers_probabilities(with_net):
+def test_a_group_costs_the_mean_of_its_mixers_probabilities(with_net):
     """Whether a thread helps or not, and however the text is cut."""
-    text, logs, two = some_text(400), rows(400, 50) if with_net else None, pair()
-    alone = [m.code(text, logs) for m in pair().mixers]
+    text, logs, several = some_text(400), rows(400, 50) if with_net else None, group()
+    alone = [m.code(text, logs) for m in group().mixers]
     want = -np.log(np.mean(np.exp([-nats for nats in alone]), axis=0))
     cuts = [0, 150, 160, 161, 400]
     parts = [
-        two.code(text[a:b], None if logs is None else logs[a:b])
+        several.code(text[a:b], None if logs is None else logs[a:b])
         for a, b in itertools.pairwise(cuts)
     ]
     np.testing.assert_allclose(np.concatenate(parts), want, rtol=1e-12)
-    assert two.learned == 400 and len(two.state) == 2 * len(t.Past._fields)
+    assert several.learned == 400 and len(several.state) == 3 * len(t.Past._fields)
 
 
 @pytest.mark.parametrize("with_net", [False, True])
-def test_a_pairs_code_is_as_long_as_it_costs(with_net):
+def test_a_groups_code_is_as_long_as_it_costs(with_net):
     """And is read back one token at a time, or more."""
     text, logs = some_text(500), rows(500, 50) if with_net else None
-    writer, reader, scorer = pair(), pair(), pair()
+    writer, reader, scorer = group(), group(), group()
     stack, read = t.Stack(), np.zeros(500, np.int64)
     nats = writer.code(text, logs, stack)
     code = stack.finish()
     assert (nats == scorer.code(text, logs)).all()
     bits = nats[:, 1].sum() / math.log(2)
-    assert bits - 8 < 8 * len(code) < 1.001 * bits + 32  # the choices alone are 500 bits
+    assert bits - 8 < 8 * len(code) < 1.001 * bits + 32  # the choices alone are 792 bits
     stack = t.Stack(code)
     for a, b in itertools.pairwise([0, 1, 2, 90, 500]):
         assert stack.surplus() < 0
         part = None if logs is None else logs[a:b]
         assert (reader.code(read[a:b], part, stack) == nats[a:b]).all()
     assert (read == text).all() and stack.surplus() == 0
-    assert_same_state_pair(reader, scorer)
+    assert_same_states(reader, scorer)
 
 
-def assert_same_state_pair(a, b):
-    for one, two in zip(a.both(), b.both(), strict=True):
+def assert_same_states(a, b):
+    for one, two in zip(a.all(), b.all(), strict=True):
         assert_same_state(one, two)
 
 
 def test_a_stack_that_is_cut_or_changed_is_not_used_up():
     text, stack = some_text(200), t.Stack()
-    pair().code(text, None, stack)
+    group().code(text, None, stack)
     code = stack.finish()
     for bad in (code[:-1], code[1:], code + b"\x01", bytes([code[0] ^ 4]) + code[1:]):
         stack = t.Stack(bad)
-        pair().code(np.zeros(200, np.int64), None, stack)
+        group().code(np.zeros(200, np.int64), None, stack)
         assert stack.surplus() < 0
 
 
+@pytest.mark.parametrize("along", [False, True])
 @pytest.mark.parametrize("decodes", [False, True])
-def test_packed_text_is_the_first_mixers_code(decodes):
-    """The second one reads along, and is not behind when it is asked."""
-    text, packer, alone = some_text(900), pair(), pair()
-    coder, only = t.Coder(), t.Coder()
+def test_packed_text_is_the_first_mixers_code(decodes, along):
+    """The others read along or later, and are not behind when they are asked."""
+    text, packer, alone = some_text(900), group(), group()
+    packer.along, coder, only = along, t.Coder(), t.Coder()
     for part in np.array_split(text, 3):
         packer.code(part, None, coder)
     alone.mixers[0].code(text, None, only)
-    alone.mixers[1].code(text)
+    for other in alone.mixers[1:]:
+        other.code(text)
+    assert along or [m.learned for m in packer.mixers] == [900, 0, 0]
     code = coder.finish()
     assert code == only.finish()
     if decodes:
-        packer, coder = pair(), t.Coder(code)
+        packer, coder = group(), t.Coder(code)
+        packer.along = along
         read = np.zeros(900, np.int64)
         for a in range(0, 900, 300):
             packer.code(read[a : a + 300], None, coder)
             assert (read[a : a + 300] == text[a : a + 300]).all()
             read[a : a + 300] = 1  # the caller may use it for something else
         assert packer.text_sha256() == alone.text_sha256()
-    assert_same_state_pair(packer, alone)
+    assert_same_states(packer, alone)
 
 
 @pytest.mark.parametrize("code", [None, b"some code"])
-def test_the_first_of_a_pair_codes_while_the_second_reads(code, monkeypatch):
-    two, begun = pair(), threading.Event()
-    two.behind = reads = t.second_thread().submit(begun.wait, 5)
-    first, codes = two.mixers[0], two.mixers[0].code
+def test_the_first_of_a_group_codes_while_the_others_read(code, monkeypatch):
+    several, begun = group(), threading.Event()
+    several.reading = reads = [t.other_threads().submit(begun.wait, 5) for _ in range(2)]
+    first, codes = several.mixers[0], several.mixers[0].code
     monkeypatch.setattr(first, "code", lambda *args: begun.set() or codes(*args))
-    two.code(some_text(9), None, t.Coder(code))
-    assert reads.result()
-    assert [m.learned for m in two.both()] == [9, 9]
+    several.code(some_text(9), None, t.Coder(code))
+    assert all(read.result() for read in reads)
+    assert [m.learned for m in several.all()] == [9, 9, 9]
 
 
-def test_a_pair_goes_back_to_what_was_saved():
-    two, text = pair(), some_text(300)
-    two.code(text[:200], rows(200, 50))
-    saved = two.save()
-    before = [m.text_sha256() for m in two.mixers]
+def test_the_others_catch_up_in_parts():
+    several, text = group(capacity=40_000), some_text(2 * t.PACK_CHUNK + 5)
+    several.along = False
+    several.code(text, None, t.Coder())
+    steps = several.catch_up()
+    assert next(steps) == several.mixers[1].learned == t.PACK_CHUNK
+    assert list(steps) == [2 * t.PACK_CHUNK, len(text)] and not list(several.catch_up())
+    assert len({m.text_sha256() for m in several.mixers}) == 1
+
+
+def test_a_group_goes_back_to_what_was_saved():
+    several, text = group(), some_text(300)
+    several.code(text[:200], rows(200, 50))
+    saved = several.save()
+    before = [m.text_sha256() for m in several.mixers]
     for size in (1, 70):
-        nats = two.code(text[200 : 200 + size], rows(size, 50))
-        two.restore(saved)
-        assert [m.text_sha256() for m in two.mixers] == before
-        assert (two.code(text[200 : 200 + size], rows(size, 50)) == nats).all()
-        two.restore(saved)
+        nats = several.code(text[200 : 200 + size], rows(size, 50))
+        several.restore(saved)
+        assert [m.text_sha256() for m in several.mixers] == before
+        assert (several.code(text[200 : 200 + size], rows(size, 50)) == nats).all()
+        several.restore(saved)
 
 
-def test_an_expert_of_a_pair_is_worth_what_it_is_worth_to_both():
-    two, text = pair(), some_text(300)
-    two.code(text, rows(300, 50))
-    one, other = (m.worth() for m in two.mixers)
-    assert one != other
-    assert two.worth() == {name: (one[name] + other[name]) / 2 for name in one}
+def test_an_expert_of_a_group_is_worth_the_mean_of_what_it_is_worth_to_each():
+    several, text = group(), some_text(300)
+    several.code(text, rows(300, 50))
+    each = [m.worth() for m in several.mixers]
+    assert each[0] != each[1] != each[2]
+    for name, worth in several.worth().items():
+        assert worth == pytest.approx(np.mean([e[name] for e in each]), rel=1e-12)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -914,8 +953,9 @@ def test_packed_text_fits_and_is_the_texts_beginning(vocab, size, budget):
     beginning = text[: packed.token_count].astype("<i4").tobytes()
     assert packed.sha256 == hashlib.sha256(beginning).hexdigest()
     mixers = getattr(packer.mixer, "mixers", [packer.mixer])
-    assert len(packed.leaves) == len(mixers) == 1 + (size == "large")
-    assert size == "medium" or (packed.leaves[0] != packed.leaves[1]).any() or budget < 8
+    assert len(packed.leaves) == len(mixers) == (3 if size == "large" else 1)
+    different = {leaf.tobytes() for leaf in packed.leaves}
+    assert len(different) == len(mixers) or budget < 8
     room = len(mixers[0].state.history) - 1
     decoded = t.new_context_model(packer.cfg, facts(vocab), packed.leaves, room)
     t.unpack(decoded, packed, "")
@@ -985,13 +1025,29 @@ def test_the_clock_starts_where_training_has_got_to():
     assert late.finish().token_count == 0
 
 
-@pytest.mark.parametrize("size, trees", [("medium", 1), ("large", 2)])
-def test_a_worker_rests_for_each_tree_while_text_is_packed(size, trees, monkeypatch):
-    packer = new_packer(some_text(1000).astype(np.uint16), 10**6, MIXER_SIZE=size)
+def test_a_worker_rests_while_text_is_packed(monkeypatch):
+    packer = new_packer(some_text(1000).astype(np.uint16), 10**6)
     seen, pack = [], packer.pack
     monkeypatch.setattr(packer, "pack", lambda: (seen.append(packer.workers.reserved), pack()))
     packer.start(0.0)
-    assert seen == [trees] and packer.workers.reserved == 0
+    assert seen == [1] and packer.workers.reserved == 0
+
+
+@pytest.mark.parametrize("clock, cpu, along", [(60, True, 0), (60, False, 1), (0, True, 1)])
+def test_the_other_trees_wait_for_a_cpu_that_trains(clock, cpu, along, monkeypatch):
+    """And what a checkpoint has is learned again without them, too."""
+    text, env = some_text(20_000).astype(np.uint16), {"MAX_WALLCLOCK_SECONDS": clock}
+    monkeypatch.setattr(t, "on_cpu", lambda: cpu)
+    packer = new_packer(text, 10**6, MIXER_SIZE="large", **env)
+    packer.start(0.0)
+    packer.wait()
+    again = new_packer(text, 10**6, MIXER_SIZE="large", **env)
+    again.set_state(packer.state()["packed"])
+    again.start(0.0)
+    again.wait()
+    for mixer in (packer.mixer, again.mixer):
+        mixer.wait()
+        assert [m.learned for m in mixer.mixers] == [20_000, *2 * [along * 20_000]]
 
 
 @pytest.mark.parametrize("clock", [0, 60])

@@ -315,8 +315,8 @@ def usual(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def two_trees(tmp_path_factory):
-    return make_all(tmp_path_factory.mktemp("two_trees"), "usual", "large")
+def three_trees(tmp_path_factory):
+    return make_all(tmp_path_factory.mktemp("three_trees"), "usual", "large")
 
 
 def make_all(folder, kind, size="medium"):
@@ -432,31 +432,31 @@ def test_a_code_with_the_net_is_for_its_own_machine_and_windows(usual, monkeypat
 
 
 @pytest.mark.parametrize("with_net", [0, 1])
-def test_files_come_back_by_two_trees(two_trees, with_net):
-    """With the net by both; without it the first codes alone, which is faster."""
+def test_files_come_back_by_three_trees(three_trees, with_net):
+    """With the net by all; without it the first codes alone, which is faster."""
     text = words(300, 99).encode()
-    code = two_trees.there_and_back(text, WITH_NET=with_net)
-    assert len(code) < len(text) / 2 and two_trees.there_and_back(b"", WITH_NET=with_net)
-    mixer = two_trees.use("").coding_predictor(9, with_net * t.NET_TOO).mixer
-    assert isinstance(mixer, t.MixerPair if with_net else t.LogisticMixer)
-    (two_trees.folder / "cut.tgk").write_bytes(code[:-2])
+    code = three_trees.there_and_back(text, WITH_NET=with_net)
+    assert len(code) < len(text) / 2 and three_trees.there_and_back(b"", WITH_NET=with_net)
+    mixer = three_trees.use("").coding_predictor(9, with_net * t.NET_TOO).mixer
+    assert isinstance(mixer, t.MixerGroup if with_net else t.LogisticMixer)
+    (three_trees.folder / "cut.tgk").write_bytes(code[:-2])
     with pytest.raises(t.UserError, match="damaged"):
-        two_trees.use(two_trees.folder / "cut.tgk").restore()
+        three_trees.use(three_trees.folder / "cut.tgk").restore()
     if with_net:  # a number of tokens that is none of this code's
         wrong = bytearray(code)
         wrong[t.TGK.size] ^= 1
-        (two_trees.folder / "wrong.tgk").write_bytes(wrong)
+        (three_trees.folder / "wrong.tgk").write_bytes(wrong)
         with pytest.raises(t.UserError, match="another machine"):
-            two_trees.use(two_trees.folder / "wrong.tgk").restore()
+            three_trees.use(three_trees.folder / "wrong.tgk").restore()
 
 
-def test_a_sample_by_two_trees_is_drawn_from_their_mean(two_trees):
-    predictor = two_trees.use("").predictor(30, True, False, 1)
+def test_a_sample_by_three_trees_is_drawn_from_their_mean(three_trees):
+    predictor = three_trees.use("").predictor(30, True, False, 1)
     predictor.code(np.arange(1, 9))
-    parts = [predictor.at_rest(mixer) for mixer in predictor.mixer.both()]
+    parts = [predictor.at_rest(mixer) for mixer in predictor.mixer.all()]
     p = np.exp(predictor.log_probabilities())
     np.testing.assert_allclose(p, np.exp(parts).mean(axis=0), rtol=1e-9)
-    assert p.sum() == pytest.approx(1) and (parts[0] != parts[1]).any()
+    assert p.sum() == pytest.approx(1) and len(np.unique(parts, axis=0)) == 3
 
 
 # --------------------------------------------------------------------------------------------------
