@@ -322,7 +322,7 @@ class Knobs:
     engram_n_heads: int = knob(2, "tables per order", "model", lo=1, hi=16)
     bigram_hash_size: int = knob(4096, "rows of BigramHash's table; 0: off", "model", hi=65536)
     skipgram_hash_size: int = knob(0, "rows of SkipGram's table; 0: off", "model", hi=65536)
-    mixer_memory_mb: int = knob(6000, "MiB of the context models' tables; unset: by the text",
+    mixer_memory_mb: int = knob(8000, "MiB of the context models' tables; unset: by the text",
                                 "model", lo=1, hi=1 << 15, needs="MIXER=logistic")  # fmt: skip
     mixer_size: str = knob("medium", "how many contexts; large: medium's by three trees", "model",
                            choices="small medium large", needs="MIXER=logistic")  # fmt: skip
@@ -6357,10 +6357,10 @@ def fit_memory(
         packed = cfg.pack_text_bytes if cfg.pack_text_bytes >= 0 else ARTIFACT_LIMIT_BYTES
         needed = 750 + min(train_tokens, 2 * packed) // 4000  # a token takes half a byte
         needed *= tree_count(cfg.mixer_size)
-        needed, held = min(cfg.mixer_memory_mb, needed), max(limit // 4 >> 20, 1)
+        needed, held = min(cfg.mixer_memory_mb, needed), max(limit // 3 >> 20, 1)
         cfg = dataclasses.replace(cfg, mixer_memory_mb=min(needed, held))
         if held < needed and cfg.mixer == "logistic":
-            lines.append(f"MIXER_MEMORY_MB={held}: a quarter of this machine's memory")
+            lines.append(f"MIXER_MEMORY_MB={held}: a third of this machine's memory")
     tokens, workers = cfg.mlx_max_microbatch_tokens, (cfg.workers or cpu_cores()) if on_cpu() else 1
     most = limit // 3 // workers  # each of them has a microbatch
     while tokens > cfg.train_seq_len and activation_bytes(cfg, vocab, tokens) > most:

@@ -402,7 +402,7 @@ def test_a_file_of_other_numbers_is_not_scored(tmp_path):
     with pytest.raises(t.UserError, match="more parameters than its 0"):  # it has none
         t.Scoring.load(cfg, path, tmp_path, None)
     cfg = t.knobs_from_env({"MIXER_MEMORY_MB": "5", "MIXER": "logistic"}, kept)[0]
-    with pytest.raises(t.UserError, match=r"MIXER_MEMORY_MB=5: .* has 6000"):
+    with pytest.raises(t.UserError, match=r"MIXER_MEMORY_MB=5: .* has 8000"):
         t.Scoring.load(cfg, path, tmp_path, None)
 
 

@@ -144,7 +144,7 @@ def test_settings_fit_a_small_machine(monkeypatch):
     monkeypatch.setattr(t, "memory_limit", lambda: 5_300_000_000)
     monkeypatch.setattr(t, "on_cpu", lambda: False)
     fitted, lines = t.fit_memory(cfg, 1024, {}, 10**8)
-    assert fitted.mixer_memory_mb == 5_300_000_000 // 4 >> 20 and "MIXER_MEMORY_MB=1263" in lines[0]
+    assert fitted.mixer_memory_mb == 5_300_000_000 // 3 >> 20 and "MIXER_MEMORY_MB=1684" in lines[0]
     assert t.activation_bytes(fitted, 1024, fitted.mlx_max_microbatch_tokens) <= 5_300_000_000 // 3
     assert fitted.mlx_max_microbatch_tokens == 4096 and "MICROBATCH_TOKENS=4096" in lines[1]
     own = {"MIXER_MEMORY_MB": "1950", "MLX_MAX_MICROBATCH_TOKENS": "8192"}
@@ -159,7 +159,7 @@ def test_tables_are_as_large_as_the_text_needs(monkeypatch):
     tree."""
     monkeypatch.setattr(t, "memory_limit", lambda: 64 << 30)
     for tokens, env, want in (
-        (10**6, {}, 3000), (10**7, {"PACK_TEXT_BYTES": "1000000"}, 3750), (10**8, {}, 6000),
+        (10**6, {}, 3000), (10**7, {"PACK_TEXT_BYTES": "1000000"}, 3750), (10**8, {}, 8000),
         (10**8, {"PACK_TEXT_BYTES": "0"}, 2250), (10**6, {"MIXER_MEMORY_MB": "99"}, 99),
         (10**7, {"MIXER_SIZE": "medium"}, 3250),
         (10**6, {"MIXER": "off"}, 3000),  # runs with and without a mixer differ in MIXER alone
