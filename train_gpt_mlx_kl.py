@@ -2331,7 +2331,7 @@ def apply_gradients(
 # ==================================================================================================
 
 CLIP_RATIOS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65)
-MAGIC, FORMAT_VERSION = b"MLXGOLF1", 11
+MAGIC, FORMAT_VERSION = b"MLXGOLF1", 12
 # Magic, version, SHA-256 of the version and the rest, bytes of the compressed model.
 PREFIX = struct.Struct("<8sH32sQ")
 LZMA_MAGIC = b"\xfd7zXZ\0"  # no brotli stream of ours begins so
@@ -2469,7 +2469,7 @@ def tree_count(size: str) -> int:
 class PackedText:
     """Training text inside an artifact, as the logistic mixer's code; decoding it is priming."""
 
-    leaves: np.ndarray  # (1 to 3, V) int64: the mixer's trees, see `token_trees`
+    leaves: np.ndarray  # (1 or 3, V) int64: the mixer's trees, see `token_trees`
     token_count: int
     sha256: str  # of the text's tokens, little-endian int32
     code: bytes
@@ -2607,7 +2607,7 @@ def read_artifact(path: Path) -> Artifact:
 def parse_packed(facts: list, raw: bytes, vocab: int, code: bytes) -> PackedText:
     """The packed text of an artifact; raw: its trees, and more. Raises ValueError."""
     count, digest, trees = facts
-    if not (type(count) is int and 0 <= count <= PACKED_TOKENS_MOST and trees in (1, 2, 3)):
+    if not (type(count) is int and 0 <= count <= PACKED_TOKENS_MOST and trees in (1, len(TREES))):
         raise ValueError(f"{count} packed tokens, {trees} trees")
     leaves = np.frombuffer(raw, "<u2", trees * vocab).astype(np.int64).reshape(trees, vocab)
     if leaves.max() >> tree_levels(vocab) or any(len(np.unique(x)) < vocab for x in leaves):
@@ -3458,7 +3458,6 @@ class ContextModel:
     """
 
     state: tuple[np.ndarray, ...] = ()
-    along = True  # where a coder's tokens are read by others as well: at once, not when asked
 
     @property
     def learned(self) -> int:
@@ -4016,7 +4015,7 @@ def token_tree(text: np.ndarray, vocab: int, like: Likeness = TREES[0]) -> np.nd
         return np.sqrt(pairs / np.maximum(pairs.sum(axis=1, keepdims=True), 1))
 
     x = root_shares(text[1:], text[:-1]), root_shares(text[:-1], text[1:])
-    x = np.hstack([np.float32(share) * part for share, part in zip(like[:2], x, strict=True)])
+    x = np.hstack([np.float32(like.before) * x[0], np.float32(like.after) * x[1]])
     share = (frequency / max(frequency.sum(), 1))[:, None]
     x -= (x * share).sum(axis=0)
     _, vectors = np.linalg.eigh((x * share).T @ x)
@@ -4910,6 +4909,10 @@ class LogisticMixer(ContextModel):
         """Tokens learned so far."""
         return int(self.state.marks["tokens"][0])
 
+    def all(self) -> list[LogisticMixer]:
+        """It alone; see `MixerGroup`."""
+        return [self]
+
     def begin(self, first: int) -> None:
         """Read the text's first token, which is not scored."""
         self.code(np.array([first], np.int64))
@@ -5005,7 +5008,8 @@ class MixerGroup(ContextModel):
 
     def __init__(self, mixers: list[LogisticMixer]) -> None:
         self.mixers, self.vocab = mixers, mixers[0].vocab
-        self.reading: list[Future] = []  # what the others still read
+        self.along = True  # the others read what the first one codes at once, not when asked for
+        self.reading: list[Future] = []  # what they still read
 
     @property
     def state(self) -> tuple[np.ndarray, ...]:
@@ -5026,9 +5030,9 @@ class MixerGroup(ContextModel):
 
     def wait(self) -> None:
         """Wait for what the others are reading."""
-        reading, self.reading = self.reading, []
-        for future in reading:
+        for future in self.reading:
             future.result()
+        self.reading = []
 
     def catch_up(self) -> Iterator[int]:
         """Let the others read what the first one coded alone; yields how many tokens they know."""
@@ -5074,16 +5078,15 @@ class MixerGroup(ContextModel):
     def code_token(self, token: np.ndarray, logs: np.ndarray | None, stack: Stack) -> np.ndarray:
         """Write or read a token (1,): see `Stack`."""
         mixers = self.all()
-        which = stack.choice(len(mixers)) if stack.reads else -1
-        nats = {which: mixers[which].code(token, logs, stack)} if stack.reads else {}
-        nats |= {i: m.code(token, logs) for i, m in enumerate(mixers) if i != which}
-        costs = [nats[i] for i in range(len(mixers))]
-        shares = shares_so_far([cost[0, 1] for cost in costs])
-        if stack.reads:
-            stack.give_back(which, shares)
-        else:
-            stack.note(np.stack([mixer.now["path"][0] for mixer in mixers]), shares)
-        return mean_nats(costs)
+        if not stack.reads:
+            nats = [mixer.code(token, logs) for mixer in mixers]
+            stack.note(np.stack([mixer.now["path"][0] for mixer in mixers]), shares_so_far(nats))
+            return mean_nats(nats)
+        which = stack.choice(len(mixers))
+        first = mixers[which].code(token, logs, stack)  # it reads the token, which the others learn
+        nats = [first if i == which else m.code(token, logs) for i, m in enumerate(mixers)]
+        stack.give_back(which, shares_so_far(nats))
+        return mean_nats(nats)
 
     def worth(self) -> dict[str, float]:
         each = [mixer.worth() for mixer in self.all()]
@@ -5108,10 +5111,10 @@ def mean_nats(nats: list[np.ndarray]) -> np.ndarray:
     return math.log(len(nats)) - np.logaddexp.reduce([-part for part in nats])
 
 
-def shares_so_far(nats: list[float]) -> list[int]:
-    """Nats of a token by several mixers -> each one's share, in 65,536ths, of the probability by it
-    and those before it: see `take_choice`."""
-    logs = np.negative(nats)
+def shares_so_far(nats: list[np.ndarray]) -> list[int]:
+    """Nats (1, 2) of a token by several mixers -> each one's share, in 65,536ths, of the
+    probability by it and those before it: see `take_choice`."""
+    logs = np.array([-mixed for ((_, mixed),) in nats])
     shares = np.exp(logs - np.logaddexp.accumulate(logs)) * 65536
     return np.clip(np.rint(shares), 1, 65535).astype(int).tolist()
 
@@ -5157,7 +5160,7 @@ class Packer:
     def __init__(
         self, data: TrainWindows, tokenizer: Tokenizer, cfg: Knobs, budget: int, workers: Workers
     ) -> None:
-        """budget: bytes of code at most; workers: the training's, some of which rest meanwhile."""
+        """budget: bytes of code at most; workers: the training's, one of which rests meanwhile."""
         self.data, self.tokenizer, self.cfg = data, tokenizer, cfg
         self.budget, self.workers = budget, workers
         self.seconds = 0.0
@@ -5215,7 +5218,8 @@ class Packer:
         text = text[: int(self.budget / 0.3)]  # a token takes more than 0.3 bytes
         room = len(text) + MESSAGE_TOKENS + 1
         self.mixer = new_context_model(self.cfg, self.tokenizer, self.leaves, room)
-        self.mixer.along = not (on_cpu() and self.cfg.max_wallclock_seconds)
+        if isinstance(self.mixer, MixerGroup):
+            self.mixer.along = not (on_cpu() and self.cfg.max_wallclock_seconds)
         for at in range(0, self.count, PACK_CHUNK):  # coded before a checkpoint: it has the code
             chunk = text[at : min(at + PACK_CHUNK, self.count)].astype(np.int64)
             self.mixer.code(chunk, None, Coder())
@@ -5274,7 +5278,7 @@ def unpack(mixer: Mixer, packed: PackedText, label: str) -> None:
         size = min(PACK_CHUNK, packed.token_count - at)
         mixer.code(np.zeros(size, np.int64), None, coder)
         show(at + size, packed.token_count, "")
-    if mixer.text_sha256() != packed.sha256:
+    if any(one.text_sha256() != packed.sha256 for one in mixer.all()):
         raise AuditFailed("paid text", "it does not decode to the text that was packed")
 
 
@@ -5495,13 +5499,13 @@ def prime_contexts(
     first: of a group of mixers, the first one alone.
     """
     packed, mib = artifact.packed if cfg.mixer == "logistic" else None, memory_limit() >> 20
-    if packed and cfg.mixer_memory_mb > mib:
-        raise UserError(f"MIXER_MEMORY_MB={cfg.mixer_memory_mb}: the artifact needs tables of so "
-                        f"many MiB, and there are {mib:,}: MIXER=off needs none")  # fmt: skip
     leaves, paid, memory_mb = None, 0, 0
     if packed:
         leaves, paid = packed.leaves[: 1 if first else None], packed.token_count
         memory_mb = max(cfg.mixer_memory_mb * len(leaves) // len(packed.leaves), 1)
+    if memory_mb > mib:
+        raise UserError(f"MIXER_MEMORY_MB={memory_mb}: the artifact needs tables of so many MiB, "
+                        f"and there are {mib:,}: MIXER=off needs none")  # fmt: skip
     context_model = new_context_model(cfg, artifact.tokenizer, leaves, tokens + paid, memory_mb)
     if packed:
         unpack(context_model, packed, "priming")
@@ -5906,9 +5910,7 @@ class Predictor:
         """
         if not self.mixer:
             return self.net.logs
-        if isinstance(self.mixer, MixerGroup):
-            return -mean_nats([-self.at_rest(mixer) for mixer in self.mixer.all()])
-        return self.at_rest(self.mixer)
+        return -mean_nats([-self.at_rest(mixer) for mixer in self.mixer.all()])
 
     def at_rest(self, mixer: LogisticMixer) -> np.ndarray:
         """ln P (V,) by one mixer."""
@@ -6391,7 +6393,8 @@ def estimate_memory(
     mixer = {"logistic": tables, "backoff": nodes * (NODE.itemsize + 16)}
     net = copies + activation_bytes(cfg, vocab, sum(microbatches) * cfg.train_seq_len)
     pairs = 8 * vocab**2 if cfg.complement_alpha else 0
-    packed = 8 * min(train_tokens, PACKED_TOKENS_MOST) if cfg.mixer == "logistic" else 0
+    held = 8 + 4 * trees  # bytes per packed token: twice by the packer, once by each mixer
+    packed = held * min(train_tokens, PACKED_TOKENS_MOST) if cfg.mixer == "logistic" else 0
     rest = pairs + packed + 6 * 4 * ROWS_MOST + (CACHE_LIMIT if on_metal() else 0)
     return {"net": net, "mixer": mixer.get(cfg.mixer, 0), "rest": rest}
 
@@ -6399,7 +6402,9 @@ def estimate_memory(
 def unlike_preset(cfg: Knobs, vocab: int, train_tokens: int) -> list[str]:
     """The settings that are not what the preset has on this machine: NAME=value."""
     usual = Knobs(preset=cfg.preset, **preset_values(cfg.preset))
-    usual, _ = fit_memory(usual, vocab, {}, train_tokens)
+    by_text = {"mixer_size": cfg.mixer_size, "pack_text_bytes": cfg.pack_text_bytes}
+    fitted, _ = fit_memory(dataclasses.replace(usual, **by_text), vocab, {}, train_tokens)
+    usual = dataclasses.replace(fitted, **{name: getattr(usual, name) for name in by_text})
     own, its = (settings_of(knobs, "run", *KEPT_SCOPES) for knobs in (cfg, usual))
     return [f"{name}={value}" for name, value in own.items()
             if value != its[name] and name not in ("RUN_ID", "OUT_DIR", "RESUME")]  # fmt: skip
@@ -6446,7 +6451,8 @@ def new_packer(trainer: Trainer, tokenizer: Tokenizer) -> Packer | None:
     if cfg.mixer != "logistic" or trainer.ranks.rank:
         return None
     net = estimate_bytes(trainer.params, trainer.groups, cfg)
-    room = max(ARTIFACT_LIMIT_BYTES - net - net // 50 - 20_000 - 3 * tokenizer.vocab, 0)
+    head = 20_000 + (3 + 2 * tree_count(cfg.mixer_size)) * tokenizer.vocab
+    room = max(ARTIFACT_LIMIT_BYTES - net - net // 50 - head, 0)
     budget = room if cfg.pack_text_bytes < 0 else cfg.pack_text_bytes
     if budget > room:
         raise UserError(f"PACK_TEXT_BYTES={cfg.pack_text_bytes}: script and net leave about {room}")
@@ -6624,10 +6630,12 @@ def train_run(
             if ranks.rank:
                 return
             mx.clear_cache()  # of what training has freed
-            text_facts = {"tokenizer_bytes": size, "val_sha256": text.sha256}
-            report.event({**made, **text_facts}, EXPORT_LINE)
+            begin = time.perf_counter()
             if packer and cfg.audit:
                 write_first_message(cfg, packer.mixer, report, folder)
+            facts = {"tokenizer_bytes": size, "val_sha256": text.sha256,
+                     "message_seconds": time.perf_counter() - begin}  # fmt: skip
+            report.event({**made, **facts}, EXPORT_LINE)
 
 
 def check_text(
@@ -6656,10 +6664,12 @@ def check_text(
 def write_first_message(cfg: Knobs, mixer: Mixer, report: Report, folder: Path) -> None:
     """Write the message of a run's artifact by the mixer that has coded its text."""
     if isinstance(mixer, MixerGroup) and not mixer.along:
-        report.line("the mixers of the other trees read the packed text, to encode a message")
-        show = show_progress("reading")
+        report.line("the other trees' mixers read the packed text, to take part in the message")
+        begin, show = time.perf_counter(), show_progress("reading")
         for tokens in mixer.catch_up():
             show(tokens, mixer.learned, "")
+        end_live()
+        report.line(f"they did in {time.perf_counter() - begin:.0f} s")
     with make_workers(cfg) as workers:  # as the scoring program makes them: rows must be equal
         scoring = Scoring.load(cfg, report.folder / "artifact.bin", folder, workers)
         mixer.begin(int(scoring.text.tokens[0]))

@@ -43,6 +43,7 @@ FLEETING |= {
     "gflops",
     "prime_seconds",
     "pack_seconds",
+    "message_seconds",
 }
 # What a score is.
 SCORED = ["val_bpb", "val_loss", "val_bpb_net", "val_bpb_context", "val_tokens", "val_bytes"]
@@ -431,6 +432,14 @@ def test_three_trees_are_better_than_one(plain, train):
     leaves = t.read_artifact(large.folder / "artifact.bin").packed.leaves
     assert len(np.unique(leaves, axis=0)) == len(leaves) == 3
     assert set(record["experts"]) == set(one["experts"])
+
+
+def test_the_other_trees_read_the_text_after_training_on_a_cpu(train):
+    """And then decode the message with the first one."""
+    large = train("late-trees", MIXER_SIZE="large", MAX_WALLCLOCK_SECONDS=600)
+    lines = [line for line in large.out.splitlines() if re.search("trees|decoded from", line)]
+    assert [line.split()[0] for line in lines] == ["the", "audit:"]
+    assert large.events[-1]["message_seconds"] > 0 and final(large)["audit"] == "pass"
 
 
 def test_packed_text_lowers_the_score_of_the_contexts(plain, train):

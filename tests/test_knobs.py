@@ -423,7 +423,8 @@ def test_names_that_are_no_settings():
     assert set(t.ELSEWHERE.values()) <= set(names) and not set(t.ELSEWHERE) & set(names)
 
 
-@pytest.mark.parametrize("env", [{}, {"MIXER": "off"}, {"MIXER_MEMORY_MB": "9", "SEED": "2"}])
+@pytest.mark.parametrize("env", [{}, {"MIXER": "off"}, {"MIXER_MEMORY_MB": "9", "SEED": "2"},
+                                 {"MIXER_SIZE": "large"}, {"PACK_TEXT_BYTES": "9"}])  # fmt: skip
 def test_own_settings_are_those_that_were_given(env):
     """Not those that fit_memory has chosen."""
     cfg, _ = t.knobs_from_env({"PRESET": "cpu", **env})

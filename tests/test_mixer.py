@@ -753,8 +753,9 @@ def test_a_choice_costs_what_it_is_worth_and_comes_back(shares):
 def test_shares_are_of_each_among_those_up_to_it():
     p = np.array([0.2, 0.05, 0.15, 1e-9])
     want = p / np.cumsum(p) * 65536
-    np.testing.assert_allclose(t.shares_so_far(-np.log(p))[1:], [*want[1:3], 1], atol=0.51)
-    assert t.shares_so_far([30.0, 0.0])[1] == 65535
+    got = t.shares_so_far([np.array([[0.0, nats]]) for nats in -np.log(p)])
+    np.testing.assert_allclose(got[1:], [*want[1:3], 1], atol=0.51)
+    assert t.shares_so_far([np.array([[0.0, nats]]) for nats in (30, 0)])[1] == 65535
 
 
 @pytest.mark.parametrize("kind", ["uniform", "extreme"])
@@ -1000,6 +1001,19 @@ def test_text_that_is_not_what_was_packed_is_caught():
     other.state.weights[:] *= np.float32(1 + 2**-20)
     with pytest.raises(t.AuditFailed, match="paid text"):
         t.unpack(other, packed, "")
+
+
+@pytest.mark.parametrize("which", [1, 2])
+def test_what_the_other_trees_have_read_is_checked_too(which):
+    """The first one alone reads the code."""
+    text, writer, reader = some_text(900), group(), group()
+    coder = t.Coder()
+    writer.code(text, None, coder)
+    packed = t.PackedText(np.zeros((3, 50)), 900, writer.text_sha256(), coder.finish())
+    t.unpack(group(), packed, "")
+    reader.mixers[which].code(text[:1])
+    with pytest.raises(t.AuditFailed, match="paid text"):
+        t.unpack(reader, packed, "")
 
 
 def test_packing_stops_with_the_clock(monkeypatch):

@@ -322,7 +322,7 @@ def three_trees(tmp_path_factory):
 def make_all(folder, kind, size="medium"):
     """A tokenizer and an artifact, and how to use them."""
     tokenizer = make_tokenizer(folder, byte_fallback=True, **KINDS[kind])
-    artifact = make_artifact(folder, tokenizer, MIXER_MEMORY_MB=2, MIXER_SIZE=size)
+    artifact = make_artifact(folder, tokenizer, MIXER_MEMORY_MB=3, MIXER_SIZE=size)
 
     def use(file, output="", **env):
         env = {"DEVICE": "cpu", "TOKENIZER_PATH": tokenizer, "FILE": file, "OUTPUT": output, **env}
@@ -457,6 +457,15 @@ def test_a_sample_by_three_trees_is_drawn_from_their_mean(three_trees):
     p = np.exp(predictor.log_probabilities())
     np.testing.assert_allclose(p, np.exp(parts).mean(axis=0), rtol=1e-9)
     assert p.sum() == pytest.approx(1) and len(np.unique(parts, axis=0)) == 3
+
+
+def test_the_first_tree_needs_no_memory_for_the_others(three_trees, monkeypatch):
+    """Of 3 MiB it has one."""
+    code = three_trees.there_and_back(b"the same")
+    monkeypatch.setattr(t, "memory_limit", lambda: (2 << 20) - 1)
+    assert three_trees.there_and_back(b"the same") == code
+    with pytest.raises(t.UserError, match=r"MIXER_MEMORY_MB=3: .* there are 1"):
+        three_trees.there_and_back(b"the same", WITH_NET=1)
 
 
 # --------------------------------------------------------------------------------------------------
