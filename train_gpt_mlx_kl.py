@@ -2462,7 +2462,7 @@ def tree_levels(vocab: int) -> int:
 
 def tree_count(size: str) -> int:
     """Trees of a mixer of MIXER_SIZE: see `MixerGroup`."""
-    return len(TREES) if size == "large" else 1
+    return 3 if size == "large" else 1
 
 
 @dataclass(frozen=True)
@@ -2607,7 +2607,7 @@ def read_artifact(path: Path) -> Artifact:
 def parse_packed(facts: list, raw: bytes, vocab: int, code: bytes) -> PackedText:
     """The packed text of an artifact; raw: its trees, and more. Raises ValueError."""
     count, digest, trees = facts
-    if not (type(count) is int and 0 <= count <= PACKED_TOKENS_MOST and trees in (1, len(TREES))):
+    if not (type(count) is int and 0 <= count <= PACKED_TOKENS_MOST and trees in (1, 3)):
         raise ValueError(f"{count} packed tokens, {trees} trees")
     leaves = np.frombuffer(raw, "<u2", trees * vocab).astype(np.int64).reshape(trees, vocab)
     if leaves.max() >> tree_levels(vocab) or any(len(np.unique(x)) < vocab for x in leaves):
@@ -4990,10 +4990,13 @@ class LogisticMixer(ContextModel):
             array[where] = old[where]
 
 
+BEHIND = 8  # chunks that the other mixers of a group, together, have yet to read, at most
+
+
 @functools.cache
-def other_threads() -> ThreadPoolExecutor:
-    """Where the mixers of a group work, all but the first."""
-    return ThreadPoolExecutor(len(TREES) - 1)
+def other_threads() -> list[ThreadPoolExecutor]:
+    """Where the mixers of a group work, each in a thread of its own, all but the first."""
+    return [ThreadPoolExecutor(1) for _ in TREES[1:]]
 
 
 class MixerGroup(ContextModel):
@@ -5040,14 +5043,14 @@ class MixerGroup(ContextModel):
         at, history = self.mixers[-1].learned, self.mixers[0].state.history
         while at < self.learned:
             end = min(at + PACK_CHUNK, self.learned)
-            self.read(history[at:end])
+            self.reading = self.read(history[at:end].astype(np.int64))
             self.wait()
             yield (at := end)
 
-    def read(self, tokens: np.ndarray) -> None:
-        """Let the others read tokens, in threads."""
-        wide = tokens.astype(np.int64)  # a copy: the caller goes on
-        self.reading = [other_threads().submit(m.code, wide) for m in self.mixers[1:]]
+    def read(self, tokens: np.ndarray, logs: np.ndarray | None = None) -> list[Future]:
+        """Let the others read tokens, in threads: the nats to come."""
+        pairs = zip(other_threads(), self.mixers[1:], strict=True)
+        return [thread.submit(mixer.code, tokens, logs) for thread, mixer in pairs]
 
     def code(
         self, tokens: np.ndarray, logs: np.ndarray | None = None,
@@ -5061,18 +5064,19 @@ class MixerGroup(ContextModel):
             for i, row in enumerate(rows if logs is None else logs[:, None]):
                 nats[i] = self.code_token(tokens[i : i + 1], row, coder)
             return nats
-        first, *others = self.all()
+        first = self.all()[0]
         if len(tokens) < 64:  # for which a thread does not pay: an audit takes 2 s in place of 13
             return mean_nats([mixer.code(tokens, logs) for mixer in self.mixers])
-        reading = [other_threads().submit(mixer.code, tokens, logs) for mixer in others]
-        return mean_nats([first.code(tokens, logs), *(future.result() for future in reading)])
+        others = self.read(tokens, logs)
+        return mean_nats([first.code(tokens, logs), *(future.result() for future in others)])
 
     def code_first(self, tokens: np.ndarray, coder: Coder) -> np.ndarray:
         """Let the first mixer code tokens, while the others read those before them, if `along`."""
         nats = self.mixers[0].code(tokens, None, coder)
         if self.along:
-            self.wait()
-            self.read(tokens)
+            self.reading += self.read(tokens.copy())  # the caller may change them
+            while len(self.reading) > BEHIND:
+                self.reading.pop(0).result()
         return nats
 
     def code_token(self, token: np.ndarray, logs: np.ndarray | None, stack: Stack) -> np.ndarray:
@@ -6630,12 +6634,10 @@ def train_run(
             if ranks.rank:
                 return
             mx.clear_cache()  # of what training has freed
-            begin = time.perf_counter()
             if packer and cfg.audit:
-                write_first_message(cfg, packer.mixer, report, folder)
-            facts = {"tokenizer_bytes": size, "val_sha256": text.sha256,
-                     "message_seconds": time.perf_counter() - begin}  # fmt: skip
-            report.event({**made, **facts}, EXPORT_LINE)
+                made["message_seconds"] = write_first_message(cfg, packer.mixer, report, folder)
+            text_facts = {"tokenizer_bytes": size, "val_sha256": text.sha256}
+            report.event({**made, **text_facts}, EXPORT_LINE)
 
 
 def check_text(
@@ -6661,20 +6663,21 @@ def check_text(
     return dataclasses.replace(text, overlap=(documents, tokens))
 
 
-def write_first_message(cfg: Knobs, mixer: Mixer, report: Report, folder: Path) -> None:
-    """Write the message of a run's artifact by the mixer that has coded its text."""
+def write_first_message(cfg: Knobs, mixer: Mixer, report: Report, folder: Path) -> float:
+    """Write the message of a run's artifact by the mixer that has coded its text; seconds."""
+    begin = time.perf_counter()
     if isinstance(mixer, MixerGroup) and not mixer.along:
-        report.line("the other trees' mixers read the packed text, to take part in the message")
-        begin, show = time.perf_counter(), show_progress("reading")
+        report.line("the mixers of the other trees read the packed text, to encode a message")
+        show = show_progress("reading")
         for tokens in mixer.catch_up():
             show(tokens, mixer.learned, "")
         end_live()
-        report.line(f"they did in {time.perf_counter() - begin:.0f} s")
     with make_workers(cfg) as workers:  # as the scoring program makes them: rows must be equal
         scoring = Scoring.load(cfg, report.folder / "artifact.bin", folder, workers)
         mixer.begin(int(scoring.text.tokens[0]))
         _, _, nats, coder = scoring.code_message(mixer, "standard", None)
         scoring.write_message(nats, coder)
+    return time.perf_counter() - begin
 
 
 def score_anew(report: Report, path: Path, folder: Path, tokenizer_path: Path) -> None:

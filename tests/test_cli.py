@@ -436,7 +436,7 @@ def test_three_trees_are_better_than_one(plain, train):
 
 def test_the_other_trees_read_the_text_after_training_on_a_cpu(train):
     """And then decode the message with the first one."""
-    large = train("late-trees", MIXER_SIZE="large", MAX_WALLCLOCK_SECONDS=600)
+    large = train("late", MIXER_SIZE="large", MAX_WALLCLOCK_SECONDS=600)
     lines = [line for line in large.out.splitlines() if re.search("trees|decoded from", line)]
     assert [line.split()[0] for line in lines] == ["the", "audit:"]
     assert large.events[-1]["message_seconds"] > 0 and final(large)["audit"] == "pass"

@@ -852,14 +852,18 @@ def test_packed_text_is_the_first_mixers_code(decodes, along):
 
 
 @pytest.mark.parametrize("code", [None, b"some code"])
-def test_the_first_of_a_group_codes_while_the_others_read(code, monkeypatch):
-    several, begun = group(), threading.Event()
-    several.reading = reads = [t.other_threads().submit(begun.wait, 5) for _ in range(2)]
-    first, codes = several.mixers[0], several.mixers[0].code
-    monkeypatch.setattr(first, "code", lambda *args: begun.set() or codes(*args))
-    several.code(some_text(9), None, t.Coder(code))
-    assert all(read.result() for read in reads)
-    assert [m.learned for m in several.all()] == [9, 9, 9]
+def test_the_first_of_a_group_codes_while_the_others_read(code):
+    """Which may be so many parts behind."""
+    several, begin, coder = group(), threading.Event(), t.Coder(code)
+    reads = [thread.submit(begin.wait, 5) for thread in t.other_threads()]
+    for part in np.array_split(some_text(90), t.BEHIND // 2):
+        several.code(part, None, coder)
+    begin.set()
+    assert all(read.result() for read in reads)  # none has waited in vain
+    several.code(some_text(9), None, coder)
+    assert len(several.reading) == t.BEHIND
+    assert [m.learned for m in several.all()] == [99, 99, 99]
+    assert len({m.text_sha256() for m in several.mixers}) == 1
 
 
 def test_the_others_catch_up_in_parts():
