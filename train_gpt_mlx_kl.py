@@ -3983,10 +3983,9 @@ def learn_maps(fixed, past, now, bit):
 
 
 class Likeness(NamedTuple):
-    """What makes two tokens alike."""
+    """What makes two tokens alike: the tokens before them, which count 1, and those after them."""
 
-    before: float = 1.0  # how much the tokens before them count
-    after: float = 0.4  # and those after them
+    after: float = 0.4  # how much these count
     components: int = 60  # principal ones, of both
 
 
@@ -4015,7 +4014,7 @@ def token_tree(text: np.ndarray, vocab: int, like: Likeness = TREES[0]) -> np.nd
         return np.sqrt(pairs / np.maximum(pairs.sum(axis=1, keepdims=True), 1))
 
     x = root_shares(text[1:], text[:-1]), root_shares(text[:-1], text[1:])
-    x = np.hstack([np.float32(like.before) * x[0], np.float32(like.after) * x[1]])
+    x = np.hstack([x[0], np.float32(like.after) * x[1]])
     share = (frequency / max(frequency.sum(), 1))[:, None]
     x -= (x * share).sum(axis=0)
     _, vectors = np.linalg.eigh((x * share).T @ x)
@@ -4990,7 +4989,7 @@ class LogisticMixer(ContextModel):
             array[where] = old[where]
 
 
-BEHIND = 8  # chunks that the other mixers of a group, together, have yet to read, at most
+BEHIND = 4  # chunks that the other mixers of a group may be behind the first
 
 
 @functools.cache
@@ -5011,8 +5010,8 @@ class MixerGroup(ContextModel):
 
     def __init__(self, mixers: list[LogisticMixer]) -> None:
         self.mixers, self.vocab = mixers, mixers[0].vocab
-        self.along = True  # the others read what the first one codes at once, not when asked for
-        self.reading: list[Future] = []  # what they still read
+        self.along = True  # the others read at once what the first one codes, not when asked
+        self.reading: list[list[Future]] = []  # by chunk, what they may not have read yet
 
     @property
     def state(self) -> tuple[np.ndarray, ...]:
@@ -5026,14 +5025,13 @@ class MixerGroup(ContextModel):
 
     def all(self) -> list[LogisticMixer]:
         """The mixers, once they have read the same text."""
-        self.wait()
         for _ in self.catch_up():
             pass
         return self.mixers
 
     def wait(self) -> None:
         """Wait for what the others are reading."""
-        for future in self.reading:
+        for future in itertools.chain(*self.reading):
             future.result()
         self.reading = []
 
@@ -5043,7 +5041,7 @@ class MixerGroup(ContextModel):
         at, history = self.mixers[-1].learned, self.mixers[0].state.history
         while at < self.learned:
             end = min(at + PACK_CHUNK, self.learned)
-            self.reading = self.read(history[at:end].astype(np.int64))
+            self.reading = [self.read(history[at:end].astype(np.int64))]
             self.wait()
             yield (at := end)
 
@@ -5074,9 +5072,10 @@ class MixerGroup(ContextModel):
         """Let the first mixer code tokens, while the others read those before them, if `along`."""
         nats = self.mixers[0].code(tokens, None, coder)
         if self.along:
-            self.reading += self.read(tokens.copy())  # the caller may change them
-            while len(self.reading) > BEHIND:
-                self.reading.pop(0).result()
+            self.reading.append(self.read(tokens.copy()))  # the caller may change them
+            if len(self.reading) > BEHIND:
+                for future in self.reading.pop(0):
+                    future.result()
         return nats
 
     def code_token(self, token: np.ndarray, logs: np.ndarray | None, stack: Stack) -> np.ndarray:
@@ -5112,7 +5111,7 @@ Mixer = LogisticMixer | MixerGroup
 
 def mean_nats(nats: list[np.ndarray]) -> np.ndarray:
     """Nats of several models -> nats by the mean of their probabilities."""
-    return math.log(len(nats)) - np.logaddexp.reduce([-part for part in nats])
+    return math.log(len(nats)) - np.logaddexp.reduce(-np.array(nats))
 
 
 def shares_so_far(nats: list[np.ndarray]) -> list[int]:
@@ -5226,7 +5225,7 @@ class Packer:
             self.mixer.along = not (on_cpu() and self.cfg.max_wallclock_seconds)
         for at in range(0, self.count, PACK_CHUNK):  # coded before a checkpoint: it has the code
             chunk = text[at : min(at + PACK_CHUNK, self.count)].astype(np.int64)
-            self.mixer.code(chunk, None, Coder())
+            self.mixer.code(chunk, None, Coder())  # which makes it the first mixer's work
         while self.time_left() > 0:
             free = self.budget - len(self.coder.out) - 8
             size = min(PACK_CHUNK, free // 3)  # 3 bytes per token: more than text takes
@@ -5508,8 +5507,10 @@ def prime_contexts(
         leaves, paid = packed.leaves[: 1 if first else None], packed.token_count
         memory_mb = max(cfg.mixer_memory_mb * len(leaves) // len(packed.leaves), 1)
     if memory_mb > mib:
-        raise UserError(f"MIXER_MEMORY_MB={memory_mb}: the artifact needs tables of so many MiB, "
-                        f"and there are {mib:,}: MIXER=off needs none")  # fmt: skip
+        raise UserError(
+            f"MIXER_MEMORY_MB={cfg.mixer_memory_mb}: the artifact needs tables of {memory_mb:,} "
+            f"MiB, and there are {mib:,}: MIXER=off needs none"
+        )
     context_model = new_context_model(cfg, artifact.tokenizer, leaves, tokens + paid, memory_mb)
     if packed:
         unpack(context_model, packed, "priming")
@@ -6397,8 +6398,8 @@ def estimate_memory(
     mixer = {"logistic": tables, "backoff": nodes * (NODE.itemsize + 16)}
     net = copies + activation_bytes(cfg, vocab, sum(microbatches) * cfg.train_seq_len)
     pairs = 8 * vocab**2 if cfg.complement_alpha else 0
-    held = 8 + 4 * trees  # bytes per packed token: twice by the packer, once by each mixer
-    packed = held * min(train_tokens, PACKED_TOKENS_MOST) if cfg.mixer == "logistic" else 0
+    each = 8 + 4 * trees  # bytes per packed token: twice by the packer, once by each mixer
+    packed = each * min(train_tokens, PACKED_TOKENS_MOST) if cfg.mixer == "logistic" else 0
     rest = pairs + packed + 6 * 4 * ROWS_MOST + (CACHE_LIMIT if on_metal() else 0)
     return {"net": net, "mixer": mixer.get(cfg.mixer, 0), "rest": rest}
 
@@ -6406,9 +6407,13 @@ def estimate_memory(
 def unlike_preset(cfg: Knobs, vocab: int, train_tokens: int) -> list[str]:
     """The settings that are not what the preset has on this machine: NAME=value."""
     usual = Knobs(preset=cfg.preset, **preset_values(cfg.preset))
-    by_text = {"mixer_size": cfg.mixer_size, "pack_text_bytes": cfg.pack_text_bytes}
-    fitted, _ = fit_memory(dataclasses.replace(usual, **by_text), vocab, {}, train_tokens)
-    usual = dataclasses.replace(fitted, **{name: getattr(usual, name) for name in by_text})
+    fitted = dataclasses.replace(usual, mixer_size=cfg.mixer_size,
+                                 pack_text_bytes=cfg.pack_text_bytes)  # fmt: skip
+    fitted, _ = fit_memory(fitted, vocab, {}, train_tokens)  # as for this run's text and trees
+    usual = dataclasses.replace(
+        usual, mixer_memory_mb=fitted.mixer_memory_mb,
+        mlx_max_microbatch_tokens=fitted.mlx_max_microbatch_tokens,
+    )  # fmt: skip
     own, its = (settings_of(knobs, "run", *KEPT_SCOPES) for knobs in (cfg, usual))
     return [f"{name}={value}" for name, value in own.items()
             if value != its[name] and name not in ("RUN_ID", "OUT_DIR", "RESUME")]  # fmt: skip

@@ -856,7 +856,7 @@ def test_the_first_of_a_group_codes_while_the_others_read(code):
     """Which may be so many parts behind."""
     several, begin, coder = group(), threading.Event(), t.Coder(code)
     reads = [thread.submit(begin.wait, 5) for thread in t.other_threads()]
-    for part in np.array_split(some_text(90), t.BEHIND // 2):
+    for part in np.array_split(some_text(90), t.BEHIND):
         several.code(part, None, coder)
     begin.set()
     assert all(read.result() for read in reads)  # none has waited in vain

@@ -464,7 +464,7 @@ def test_the_first_tree_needs_no_memory_for_the_others(three_trees, monkeypatch)
     code = three_trees.there_and_back(b"the same")
     monkeypatch.setattr(t, "memory_limit", lambda: (2 << 20) - 1)
     assert three_trees.there_and_back(b"the same") == code
-    with pytest.raises(t.UserError, match=r"MIXER_MEMORY_MB=3: .* there are 1"):
+    with pytest.raises(t.UserError, match=r"MIXER_MEMORY_MB=3: .* of 3 MiB, and there are 1:"):
         three_trees.there_and_back(b"the same", WITH_NET=1)
 
 

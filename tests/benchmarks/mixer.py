@@ -63,7 +63,7 @@ def ours(tokens: t.Tokenizer, train: np.ndarray, val: np.ndarray, net: Callable 
     yield row("backoff, order 4, online", nats[1], count, seconds, n)
     leaf = t.token_tree(train[:2_000_000], tokens.vocab)
     t.LogisticMixer(tokens, leaf, 1, 1).begin(0)  # compiles
-    memory = t.Knobs().mixer_memory_mb
+    memory = 4000  # MiB
     mixer = t.LogisticMixer(tokens, leaf, len(val), memory)
     begin = time.perf_counter()
     mixer.begin(int(val[0]))

@@ -45,8 +45,9 @@ def pack_and_score(
 
 def main() -> None:
     """A row for each number of bytes."""
+    usual = {"VAL_MAX_TOKENS": "1000000", "MIXER_MEMORY_MB": "4000"}
     fixed = {"PRESET": "cpu", "MAX_WALLCLOCK_SECONDS": "0"}
-    cfg, _ = t.knobs_from_env({"VAL_MAX_TOKENS": "1000000", **os.environ, **fixed})
+    cfg, _ = t.knobs_from_env({**usual, **os.environ, **fixed})
     folder, tokenizer_path, _ = t.locate_data(cfg)
     tokenizer = t.load_tokenizer(tokenizer_path)
     paths = t.find_shards(folder, "train")

@@ -95,12 +95,12 @@ def backoff(text: np.ndarray) -> list[dict]:
 
 
 def logistic(text: np.ndarray) -> list[dict]:
-    """LogisticMixer with its usual memory."""
+    """LogisticMixer with tables of 4,000 MiB."""
     tokens = t.Tokenizer(np.ones(VOCAB, np.uint16), np.arange(VOCAB) % 3 == 0,
                       np.arange(VOCAB) < 3, BOS, False, "")  # fmt: skip
     leaf = t.token_tree(text[:2_000_000], VOCAB)
     t.LogisticMixer(tokens, leaf, 8, 1).begin(BOS)
-    mixer = t.LogisticMixer(tokens, leaf, len(text), t.Knobs().mixer_memory_mb)
+    mixer = t.LogisticMixer(tokens, leaf, len(text), 4000)
     mixer.begin(BOS)
     return growth("logistic", text, lambda part: mixer.code(part.astype(np.int64)), 1 << 20)
 
