@@ -4989,6 +4989,7 @@ class LogisticMixer(ContextModel):
             array[where] = old[where]
 
 
+PACK_CHUNK = 1 << 14  # tokens of packed text per call of the kernel
 BEHIND = 4  # chunks that the other mixers of a group may be behind the first
 
 
@@ -5065,8 +5066,8 @@ class MixerGroup(ContextModel):
         first = self.all()[0]
         if len(tokens) < 64:  # for which a thread does not pay: an audit takes 2 s in place of 13
             return mean_nats([mixer.code(tokens, logs) for mixer in self.mixers])
-        others = self.read(tokens, logs)
-        return mean_nats([first.code(tokens, logs), *(future.result() for future in others)])
+        reading = self.read(tokens, logs)
+        return mean_nats([first.code(tokens, logs), *(future.result() for future in reading)])
 
     def code_first(self, tokens: np.ndarray, coder: Coder) -> np.ndarray:
         """Let the first mixer code tokens, while the others read those before them, if `along`."""
@@ -5145,7 +5146,6 @@ def new_context_model(
 # PACKING: training text, paid for in the artifact; coding it primes the mixer that codes it
 # ==================================================================================================
 
-PACK_CHUNK = 1 << 14  # tokens per call of the kernel
 TREE_TOKENS = 1 << 24  # that a tree is made of, at most
 MESSAGE_TOKENS = 256  # of validation text, coded by the mixer that packed: see EVALUATION
 
