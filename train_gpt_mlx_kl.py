@@ -5030,11 +5030,12 @@ class MixerGroup(ContextModel):
             pass
         return self.mixers
 
-    def wait(self) -> None:
-        """Wait for what the others are reading."""
-        for future in itertools.chain(*self.reading):
-            future.result()
-        self.reading = []
+    def wait(self, chunks: int = 0) -> None:
+        """Wait until the others have no more than so many chunks to read."""
+        while len(self.reading) > chunks:
+            for future in self.reading[0]:
+                future.result()
+            del self.reading[0]
 
     def catch_up(self) -> Iterator[int]:
         """Let the others read what the first one coded alone; yields how many tokens they know."""
@@ -5042,7 +5043,7 @@ class MixerGroup(ContextModel):
         at, history = self.mixers[-1].learned, self.mixers[0].state.history
         while at < self.learned:
             end = min(at + PACK_CHUNK, self.learned)
-            self.reading = [self.read(history[at:end].astype(np.int64))]
+            self.reading.append(self.read(history[at:end].astype(np.int64)))
             self.wait()
             yield (at := end)
 
@@ -5074,9 +5075,7 @@ class MixerGroup(ContextModel):
         nats = self.mixers[0].code(tokens, None, coder)
         if self.along:
             self.reading.append(self.read(tokens.copy()))  # the caller may change them
-            if len(self.reading) > BEHIND:
-                for future in self.reading.pop(0):
-                    future.result()
+            self.wait(BEHIND)
         return nats
 
     def code_token(self, token: np.ndarray, logs: np.ndarray | None, stack: Stack) -> np.ndarray:
