@@ -268,7 +268,7 @@ def test_aliases():
 
 @pytest.mark.parametrize(
     "preset, layers, steps, alpha",
-    [("cpu", 2, 1_000_000, "auto"), ("mac", 6, 20_000, "auto"), ("h100", 10, 20_000, "auto"),
+    [("cpu", 1, 1_000_000, "auto"), ("mac", 6, 20_000, "auto"), ("h100", 10, 20_000, "auto"),
      ("baseline", 9, 20_000, "0.25")],
 )  # fmt: skip
 def test_a_preset_sets_what_the_environment_leaves_unset(preset, layers, steps, alpha):
