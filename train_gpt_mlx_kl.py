@@ -1319,7 +1319,7 @@ ROUNDTRIP_LINES = (
 CONFIG_LINES = (
     "machine: {machine}, MLX {mlx_version}, {dtype_used}, {ranks} x {workers_used} worker(s), "
     "{gflops:.0f} GFLOP/s; BLAS: {blas_used}",
-    "preset {preset}: {num_layers} layers x {model_dim}, {num_heads} heads, {num_kv_heads} KV "
+    "preset {preset}: {num_layers} layer(s) x {model_dim}, {num_heads} heads, {num_kv_heads} KV "
     "heads, MLP {mlp_mult}x, seq {train_seq_len}, {train_batch_tokens} tokens a step",
 )
 FINAL_LINE = (
