@@ -302,6 +302,8 @@ class Knobs:
     late_qat_threshold: float = knob(0.0, "train quantised below this LR factor", "train", hi=1)
     pack_text_bytes: int = knob(-1, "bytes of packed text; -1: all that is left", "train", lo=-1,
                                 needs="MIXER=logistic")  # fmt: skip
+    rehearsal_tokens: int = knob(500_000, "text kept from the net, by which the mixer learns what "
+                                 "the net is worth; 0: none", "train", hi=10_000_000)  # fmt: skip
 
     num_layers: int = knob(11, "transformer blocks", "model", lo=1, hi=96)
     model_dim: int = knob(512, "width D", "model", lo=8, hi=8192)
@@ -359,7 +361,7 @@ PRESETS = {
         TRAIN_LOG_EVERY=50 NUM_LAYERS=1 MODEL_DIM=192 NUM_HEADS=3 NUM_KV_HEADS=1 MLP_MULT=2
         ROPE_DIMS=0 XSA_LAST_N=0 ENGRAM_EMBED_DIM=64 MATRIX_LR=0.02 HASH_LR=0.15 EMA_DECAY=0
         MUON_MOMENTUM_WARMUP_STEPS=200 WEIGHT_BITS=8 EVAL_STRIDE=128 NGRAM_ALPHA=auto
-        PACK_TEXT_BYTES=1000000 VAL_MAX_TOKENS=1048576""",
+        PACK_TEXT_BYTES=1000000 REHEARSAL_TOKENS=100000 VAL_MAX_TOKENS=1048576""",
     "mac": """MIXER_SIZE=large TRAIN_BATCH_TOKENS=16384 GRAD_ACCUM_STEPS=1 NUM_LAYERS=6
         MODEL_DIM=384 NUM_HEADS=6 NUM_KV_HEADS=3 MLP_MULT=2 ENGRAM_HASH_SIZE=4096
         ENGRAM_EMBED_DIM=128 MATRIX_LR=0.03 WARMUP_STEPS=2 WARMDOWN_ITERS=300 WARMDOWN_FRAC=0.5
@@ -370,7 +372,7 @@ PRESETS = {
     "baseline": """NUM_LAYERS=9 MLP_MULT=2 MLP_LEAK=0 ROPE_DIMS=0 XSA_LAST_N=0 LN_SCALE_ENABLED=0
         USE_ORTHO_INIT=0 USE_SMEARGATE=0 ENGRAM_LITE_ENABLED=0 BIGRAM_HASH_SIZE=0
         COMPLEMENT_ALPHA=0 WARMDOWN_ITERS=1200 EMA_DECAY=0 WEIGHT_BITS=7 MIXER=off
-        EVAL_MODE=standard""",
+        REHEARSAL_TOKENS=0 EVAL_MODE=standard""",
 }
 
 NOT_KEPT = (  # public names, and why
@@ -1121,10 +1123,16 @@ class TrainWindows:
     and several processes can each read their part of a step.
     """
 
-    def __init__(self, paths: list[Path], seq_len: int, seed: int, vocab: int) -> None:
+    def __init__(
+        self, paths: list[Path], seq_len: int, seed: int, vocab: int, held: int = 0
+    ) -> None:
+        """held: tokens at the first shard's start to leave out, a twentieth of it at most."""
         self.paths, self.seq_len, self.seed, self.vocab = paths, seq_len, seed, vocab
         self.shards = [Shard(path) for path in paths]
         self.counts = np.array([max(len(s) - 1, 0) // seq_len for s in self.shards])
+        left_out = min(held // seq_len, self.counts[0] // 20)  # windows
+        self.held = int(left_out) * seq_len
+        self.counts[0] -= left_out
         self.windows = int(self.counts.sum())
         self.tokens = sum(len(s) for s in self.shards)
         if self.windows == 0:
@@ -1143,7 +1151,8 @@ class TrainWindows:
         shard = int(np.searchsorted(self.ends, flat, side="right"))
         first = flat - int(self.ends[shard] - self.counts[shard])
         slack = (len(self.shards[shard]) - 1) % self.seq_len
-        return shard, first * self.seq_len + (epoch * 7919) % (slack + 1)
+        start = first * self.seq_len + (epoch * 7919) % (slack + 1)
+        return shard, start + (0 if shard else self.held)
 
     def step(self, number: int, windows: int) -> np.ndarray:
         """The tokens of step `number`: (windows, seq_len + 1) int32."""
@@ -2331,7 +2340,7 @@ def apply_gradients(
 # ==================================================================================================
 
 CLIP_RATIOS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65)
-MAGIC, FORMAT_VERSION = b"MLXGOLF1", 12
+MAGIC, FORMAT_VERSION = b"MLXGOLF1", 13
 # Magic, version, SHA-256 of the version and the rest, bytes of the compressed model.
 PREFIX = struct.Struct("<8sH32sQ")
 LZMA_MAGIC = b"\xfd7zXZ\0"  # no brotli stream of ours begins so
@@ -2473,6 +2482,15 @@ class PackedText:
     token_count: int
     sha256: str  # of the text's tokens, little-endian int32
     code: bytes
+    rehearsal: PackedText | None = None  # see `rehearse`; by the first tree
+
+    def parts(self) -> list[PackedText]:
+        """The texts that an artifact holds: the rehearsal, if there is one, and this."""
+        return [self.rehearsal, self] if self.rehearsal else [self]
+
+    def total(self) -> tuple[int, int]:
+        """(tokens, bytes of code) of all parts."""
+        return sum(x.token_count for x in self.parts()), sum(len(x.code) for x in self.parts())
 
 
 @dataclass(frozen=True)
@@ -2492,7 +2510,9 @@ def head_bytes(
     """What stands before the tensors: JSON header, byte table, the mixer's trees."""
     header = {"knobs": settings_of(cfg, *KEPT_SCOPES), "tensors": rows}
     header |= {"overlap": overlap} if overlap[0] else {}
-    header |= {"packed": [packed.token_count, packed.sha256, len(packed.leaves)]} if packed else {}
+    if packed:
+        header["packed"] = [[part.token_count, part.sha256, len(part.code), len(part.leaves)]
+                            for part in packed.parts()]  # fmt: skip
     facts = ("sha256", "bos", "vocab", "dummy_prefix")
     header["tokenizer"] = {name: getattr(tokenizer, name) for name in facts}
     header["tokenizer"]["text"] = len(tokenizer.text)
@@ -2527,7 +2547,8 @@ def write_artifact(
     rows, blobs = pack_tensors(params, groups, cfg)
     head = head_bytes(tokenizer, packed, overlap, rows, cfg)
     model, compressor = compress(b"".join([head, *blobs]))
-    body = model + (packed.code if packed else b"")
+    texts = packed.parts() if packed else []
+    body = b"".join([model, *(text.code for text in texts)])
     check_size(len(source()) + PREFIX.size + len(body), params, "the artifact")
     digest = checksum(FORMAT_VERSION, len(model), body)
     with whole_file(path) as part:
@@ -2540,14 +2561,13 @@ def write_artifact(
 
 def export_event(path: Path, params: Arrays, packed: PackedText | None) -> Event:
     """Sizes on disk, in bytes. Raises RunFailed over the limit."""
-    code = len(source())
-    model = path.stat().st_size
+    code, model = len(source()), path.stat().st_size
+    packed_tokens, packed_bytes = packed.total() if packed else (0, 0)
     check_size(code + model, params, "the artifact")
     return {
         "event": "export", "code_bytes": code, "model_bytes": model, "total_bytes": code + model,
         "limit_bytes": ARTIFACT_LIMIT_BYTES,
-        "packed_bytes": len(packed.code) if packed else 0,
-        "packed_tokens": packed.token_count if packed else 0,
+        "packed_bytes": packed_bytes, "packed_tokens": packed_tokens,
     }  # fmt: skip
 
 
@@ -2606,9 +2626,9 @@ def read_artifact(path: Path) -> Artifact:
 
 def parse_packed(facts: list, raw: bytes, vocab: int, code: bytes) -> PackedText:
     """The packed text of an artifact; raw: its trees, and more. Raises ValueError."""
-    count, digest, trees = facts
-    if not (type(count) is int and 0 <= count <= PACKED_TOKENS_MOST and trees in (1, 3)):
-        raise ValueError(f"{count} packed tokens, {trees} trees")
+    *before, (count, digest, size, trees) = facts
+    if trees not in (1, 3) or len(before) > 1:
+        raise ValueError(f"{trees} trees, {len(facts)} texts")
     leaves = np.frombuffer(raw, "<u2", trees * vocab).astype(np.int64).reshape(trees, vocab)
     if leaves.max() >> tree_levels(vocab) or any(len(np.unique(x)) < vocab for x in leaves):
         raise ValueError("two tokens at one leaf of a mixer's tree")
@@ -2616,7 +2636,13 @@ def parse_packed(facts: list, raw: bytes, vocab: int, code: bytes) -> PackedText
         nodes = np.unique(leaf >> level)
         if not np.isin(nodes & ~1, nodes).all():
             raise ValueError("a node of a mixer's tree has a right side alone")
-    return PackedText(leaves, count, str(digest), code)
+    rehearsal = None
+    if before:
+        rehearsal = parse_packed([[*before[0][:3], 1]], raw, vocab, code[: before[0][2]])
+        code = code[before[0][2] :]
+    if not (type(count) is int and 0 <= count <= PACKED_TOKENS_MOST and size == len(code)):
+        raise ValueError(f"{count} packed tokens of {size} bytes, with {len(code)} there")
+    return PackedText(leaves, count, str(digest), code, rehearsal)
 
 
 def parse_artifact(path: Path, raw: bytes, code: bytes) -> Artifact:
@@ -5156,7 +5182,8 @@ class Packer:
     the message; where a GPU trains or nothing does, cores are free for them at once.
 
     It takes the text from its start: shards hold documents in random order, and a choice of
-    documents is worth nothing on text of one kind (tests/benchmarks/README.md).
+    documents is worth nothing on text of one kind (tests/benchmarks/README.md). What comes first,
+    which the net does not train on, becomes the rehearsal: see `rehearse`.
     """
 
     def __init__(
@@ -5170,6 +5197,7 @@ class Packer:
         self.ended = threading.Event()  # an interrupted `join` takes a thread for one that ended
         self.ended.set()
         self.mixer: Mixer | None = None
+        self.rehearsal: PackedText | None = None
         self.leaves = np.tile(np.arange(tokenizer.vocab), (tree_count(cfg.mixer_size), 1))
         self.coder = Coder()
         self.count = 0
@@ -5214,11 +5242,15 @@ class Packer:
             parts.append(check_ids(shard[:left], self.tokenizer.vocab, path))
             left -= len(parts[-1])
         text = np.concatenate(parts)
+        held = min(self.data.held, self.budget // 5)  # a token takes 3 bytes at most
+        held_text, text = text[:held].astype(np.int64), text[held:]
         if not self.count:
             size = self.cfg.mixer_size
             self.leaves = token_trees(text[:TREE_TOKENS], self.tokenizer.vocab, size)
+        self.rehearsal = pack_rehearsal(self.tokenizer, self.leaves[:1], held_text)
+        self.budget -= len(self.rehearsal.code) if self.rehearsal else 0
         text = text[: int(self.budget / 0.3)]  # a token takes more than 0.3 bytes
-        room = len(text) + MESSAGE_TOKENS + 1
+        room = held + len(text) + MESSAGE_TOKENS + 1
         self.mixer = new_context_model(self.cfg, self.tokenizer, self.leaves, room)
         if isinstance(self.mixer, MixerGroup):
             self.mixer.along = not (on_cpu() and self.cfg.max_wallclock_seconds)
@@ -5270,7 +5302,19 @@ class Packer:
         if not self.mixer:  # it was interrupted before it began
             self.pack()
         digest = self.mixer.text_sha256()
-        return PackedText(self.leaves, self.count, digest, self.coder.finish())
+        return PackedText(self.leaves, self.count, digest, self.coder.finish(), self.rehearsal)
+
+
+REHEARSAL_MB = 64  # MiB of tables that code a rehearsal
+
+
+def pack_rehearsal(tokenizer: Tokenizer, leaves: np.ndarray, text: np.ndarray) -> PackedText | None:
+    """Code a rehearsal by a small mixer that knows nothing; leaves (1, V): its tree."""
+    if not len(text):
+        return None
+    mixer, coder = LogisticMixer(tokenizer, leaves[0], len(text), REHEARSAL_MB), Coder()
+    mixer.code(text, None, coder)
+    return PackedText(leaves, len(text), mixer.text_sha256(), coder.finish())
 
 
 def unpack(mixer: Mixer, packed: PackedText, label: str) -> None:
@@ -5496,7 +5540,8 @@ def load_net(cfg: Knobs, path: Path, artifact: Artifact) -> GPT:
 def prime_contexts(
     cfg: Knobs, artifact: Artifact, tokens: int, first: bool = False
 ) -> ContextModel:  # fmt: skip
-    """A context model for so many tokens, which has read the artifact's text and nothing else.
+    """A context model for so many tokens, which has read the artifact's text and nothing else, but
+    for the rehearsal: see `rehearse`.
 
     first: of a group of mixers, the first one alone.
     """
@@ -5510,13 +5555,47 @@ def prime_contexts(
             f"MIXER_MEMORY_MB={cfg.mixer_memory_mb}: the artifact needs tables of {memory_mb:,} "
             f"MiB, and there are {mib:,}: MIXER=off needs none"
         )
-    context_model = new_context_model(cfg, artifact.tokenizer, leaves, tokens + paid, memory_mb)
+    room = tokens + (packed.total()[0] if packed else 0)
+    context_model = new_context_model(cfg, artifact.tokenizer, leaves, room, memory_mb)
     if packed:
         unpack(context_model, packed, "priming")
-    if context_model.learned != paid:
-        learned = context_model.learned
-        raise AuditFailed("paid text", f"learned {learned} tokens, paid {paid}")
+    check_paid(context_model, paid)
     return context_model
+
+
+def check_paid(context_model: ContextModel, paid: int) -> None:
+    """Raises AuditFailed unless it has learned so many tokens, which the artifact holds."""
+    if context_model.learned != paid:
+        raise AuditFailed("paid text", f"learned {context_model.learned} tokens, paid {paid}")
+
+
+def rehearse(
+    mixer: Mixer, artifact: Artifact, net: Callable[[np.ndarray], Parts] | None
+) -> None:  # fmt: skip
+    """Let a mixer that has read the packed text score the rehearsal, as it will score any text.
+
+    Neither the mixer nor the net has seen that, so the mixer learns what the net is worth beside it
+    before a score begins. A net must know a text to make its rows, so this one has a code of its
+    own. net: text (n,) -> its rows (`net_rows`); without it the text is read like the rest.
+    """
+    rehearsal = artifact.packed.rehearsal
+    if not rehearsal:
+        return
+    count = rehearsal.token_count
+    small = LogisticMixer(artifact.tokenizer, rehearsal.leaves[0], count, REHEARSAL_MB)
+    unpack(small, rehearsal, "decoding")
+    text = small.state.history[:count].astype(np.int64)
+    if net:
+        mixer.begin(int(text[0]))
+        show = show_progress("rehearsing")
+        with contextlib.closing(ahead(net(text))) as rows:
+            for first, nats in covering(cost_tokens(rows, text, mixer), count - 1):
+                show(first + len(nats), count - 1, "")
+        for one in mixer.all():
+            one.now["worth"] = 0  # this is no score
+    else:
+        mixer.code(text)
+    check_paid(mixer, artifact.packed.total()[0])
 
 
 @dataclass
@@ -5545,7 +5624,14 @@ class Scoring:
 
     def prime(self) -> ContextModel:
         """A context model that has read the artifact's text, and nothing else."""
-        return prime_contexts(self.cfg, self.artifact, len(self.text.tokens))
+        mixer = prime_contexts(self.cfg, self.artifact, len(self.text.tokens))
+        if self.cfg.mixer == "logistic":
+            self.rehearse(mixer)
+        return mixer
+
+    def rehearse(self, mixer: Mixer) -> None:
+        """Let a mixer that has read the artifact's text rehearse with the net: see `rehearse`."""
+        rehearse(mixer, self.artifact, functools.partial(self.rows, "standard"))
 
     def message_facts(self) -> dict[str, Any]:
         """What a message says of itself: nothing of it may differ where it is decoded."""
@@ -5556,6 +5642,7 @@ class Scoring:
             "text": hashlib.sha256(first).hexdigest(),
             "tokens": count,
             "window": min(eval_shape(self.cfg)[0], len(self.text.tokens) - 1),
+            "rehearsal": [eval_shape(self.cfg)[0], self.cfg.eval_batch_seqs],
             "machine": [*numbers_made_by(self.cfg), self.workers.count],
         }
 
@@ -6086,7 +6173,8 @@ def checksum_of(chunks: Iterable[bytes]) -> tuple[int, int]:
 
 def machine_mark(cfg: Knobs, count: int) -> bytes:
     """2 bytes that are others where the net's numbers may be, or the number of tokens is."""
-    facts = *numbers_made_by(cfg), *eval_shape(cfg, cfg.eval_mode), count
+    batches = cfg.eval_batch_seqs, cfg.workers  # of the rehearsal
+    facts = *numbers_made_by(cfg), *eval_shape(cfg, cfg.eval_mode), *batches, count
     return hashlib.sha256(repr(facts).encode()).digest()[:2]
 
 
@@ -6148,12 +6236,16 @@ class Use:
         """Who predicts a text of so many tokens; stride: see `NetReader`, first: see
         `prime_contexts`."""
         model, mixer = load_net(self.cfg, self.path, self.artifact), None
+        length = eval_shape(self.cfg)[0]
         try:
             if contexts:
                 mixer = prime_contexts(self.cfg, self.artifact, tokens, first)
+                with make_workers(self.cfg) as workers:
+                    shape = length, length, self.cfg.eval_batch_seqs
+                    rows = functools.partial(net_rows, model, shape=shape, workers=workers)
+                    rehearse(mixer, self.artifact, rows if net else None)
         except MemoryError:
             raise UserError(f"no memory for a text of {tokens:,} tokens") from None
-        length = eval_shape(self.cfg)[0]
         return Predictor(mixer, NetReader(model, length, stride) if net else None)
 
     def sample(self) -> None:
@@ -6432,7 +6524,8 @@ def describe_training(trainer: Trainer, text: ValidationText) -> Iterator[str]:
             yield (f"  {group.name}: {len(sizes)} tensors, {sum(sizes):,} parameters, "
                    f"{group.optimizer}, lr {getattr(cfg, group.lr)}, stored in {bits}")  # fmt: skip
     size = estimate_bytes(trainer.params, trainer.groups, cfg)
-    yield f"train: {data.tokens:,} tokens in {len(data.shards)} shard(s)"
+    held = f", of which the net does not see the first {data.held:,}" if data.held else ""
+    yield f"train: {data.tokens:,} tokens in {len(data.shards)} shard(s){held}"
     yield f"validation: {len(text.tokens):,} tokens in {text.shards} shard(s){text.part}"
     if text.source_bytes and text.stated_bytes and text.source_bytes != text.stated_bytes:
         yield (f"the tokenizer alters the text: {text.source_bytes:,} bytes of source are "
@@ -6477,8 +6570,8 @@ def export(
     with whole_file(folder / "model.safetensors") as part:
         mx.save_safetensors(str(part), trainer.average, meta)
     if packed:
-        report.line(f"packed {packed.token_count:,} tokens of training text into "
-                    f"{len(packed.code):,} bytes in {packer.seconds:.0f} s")  # fmt: skip
+        report.line("packed {:,} tokens of training text into {:,} bytes".format(*packed.total())
+                    + f" in {packer.seconds:.0f} s")  # fmt: skip
     path = folder / "artifact.bin"
     net = trainer.average, trainer.groups
     sizes = write_artifact(path, *net, cfg, tokenizer, packed, overlap)
@@ -6613,7 +6706,8 @@ def train_run(
     with make_workers(cfg, int(ranks.same(platform.node()).sum()), ranks.count) as workers:
         describe_start(cfg, report, warnings, workers, ranks.count, bool(saved) and not longer)
         shards = find_shards(folder, "train")
-        data = TrainWindows(shards, cfg.train_seq_len, cfg.seed, tokenizer.vocab)
+        data = TrainWindows(shards, cfg.train_seq_len, cfg.seed, tokenizer.vocab,
+                            cfg.rehearsal_tokens)  # fmt: skip
         written = f"{data.fingerprint()} {tokenizer.sha256}"
         ranks.check_same(f"{settings_of(cfg, 'run', *KEPT_SCOPES)} {written}")
         loaded = load_validation(folder, tokenizer, cfg.val_max_tokens)
@@ -6678,6 +6772,7 @@ def write_first_message(cfg: Knobs, mixer: Mixer, report: Report, folder: Path) 
         end_live()
     with make_workers(cfg) as workers:  # as the scoring program makes them: rows must be equal
         scoring = Scoring.load(cfg, report.folder / "artifact.bin", folder, workers)
+        scoring.rehearse(mixer)
         mixer.begin(int(scoring.text.tokens[0]))
         _, _, nats, coder = scoring.code_message(mixer, "standard", None)
         scoring.write_message(nats, coder)

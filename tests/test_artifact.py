@@ -101,6 +101,9 @@ def written(tmp_path):
 
 
 PACKED = t.PackedText(np.random.default_rng(3).permutation(50)[None], 7, "ab12", bytes(range(200)))
+TREES = np.stack([np.random.default_rng(i).permutation(50) for i in range(3)])
+REHEARSAL = t.PackedText(TREES[:1], 8, "ef56", b"rehearsal")
+THREE = t.PackedText(TREES, 9, "cd34", b"the text", REHEARSAL)
 
 
 def test_round_trip(written):
@@ -131,15 +134,20 @@ def test_packed_text_comes_back_beside_the_same_model(written):
     path, params, cfg, tokenizer = written
     bare, plain = t.read_artifact(path), path.read_bytes()
     groups = t.group_parameters(list(params))
-    for packed in (PACKED, t.dataclasses.replace(PACKED, token_count=0, code=b"")):
+    for packed in (PACKED, t.dataclasses.replace(PACKED, token_count=0, code=b""), THREE):
         event = t.write_artifact(path, params, groups, cfg, tokenizer, packed)
         raw = path.read_bytes()
         assert event["model_bytes"] == len(raw)
         model_bytes = struct.unpack_from("<Q", raw, 42)[0]
-        assert raw[50 + model_bytes :] == packed.code  # as it is: a code cannot be compressed
+        codes = b"rehearsalthe text" if packed is THREE else packed.code
+        assert raw[50 + model_bytes :] == codes  # as they are: a code cannot be compressed
+        assert (event["packed_tokens"], event["packed_bytes"]) == packed.total()
         read = t.read_artifact(path)
         np.testing.assert_array_equal(read.packed.leaves, packed.leaves)
         assert (read.packed.token_count, read.packed.code) == (packed.token_count, packed.code)
+        assert bool(read.packed.rehearsal) == (packed is THREE)
+        for name, value in vars(REHEARSAL).items() if packed is THREE else ():
+            np.testing.assert_array_equal(getattr(read.packed.rehearsal, name), value)
         for name in ("piece_bytes", "leading", "control"):
             np.testing.assert_array_equal(getattr(read.tokenizer, name), getattr(tokenizer, name))
         assert all((read.params[n] == bare.params[n]).all() for n in params)

@@ -46,9 +46,11 @@ def audit_of(env, text):
 def pack_text(room=400):
     """A mixer that has packed training text, and what it packed: the training side's."""
     tokenizer, leaf = made_up_tokenizer(), np.random.default_rng(3).permutation(VOCAB)
-    mixer, coder = t.LogisticMixer(tokenizer, leaf, room + 500, 2), t.Coder()
+    mixer, coder = t.LogisticMixer(tokenizer, leaf, room + 800, 2), t.Coder()
     mixer.code(made_up_text(room, seed=99).tokens.astype(np.int64), None, coder)
-    return mixer, t.PackedText(leaf[None], room, mixer.text_sha256(), coder.finish())
+    heard = made_up_text(300, seed=98).tokens.astype(np.int64)
+    rehearsal = t.pack_rehearsal(tokenizer, leaf[None], heard)
+    return mixer, t.PackedText(leaf[None], room, mixer.text_sha256(), coder.finish(), rehearsal)
 
 
 def write_run(folder, env, shards=(300,), packed=None):
@@ -411,9 +413,17 @@ def unpaid(unpack, mixer, *args):
 
 def test_unpaid_text_is_caught(tmp_path, monkeypatch):
     ours = scoring_of(tmp_path, LOGISTIC)
-    assert ours.prime().learned == 400
+    assert ours.prime().learned == 700
     plant(monkeypatch, "unpack", unpaid)
     fails("paid text", "learned 401 tokens, paid 400", ours.prime)
+
+
+def test_an_unpaid_rehearsal_is_caught(tmp_path, monkeypatch):
+    """The net knows another token that nobody paid for."""
+    ours = scoring_of(tmp_path, LOGISTIC)
+    plant(monkeypatch, "cost_tokens", lambda f, rows, text, mixer: (mixer.begin(7), f(
+        rows, text, mixer))[1])  # fmt: skip
+    fails("paid text", "learned 701 tokens, paid 700", ours.prime)
 
 
 def test_text_that_is_paid_but_not_learned_is_caught(tmp_path, monkeypatch):
@@ -445,11 +455,11 @@ def test_unpaid_text_that_hides_fails_the_message(tmp_path, monkeypatch):
     """It is not counted; but the side that trained has coded the message without it."""
     ours, hiding = write_message(tmp_path), []
     learned = t.LogisticMixer.learned.fget
-    plant(monkeypatch, "unpack", lambda *args: hiding.append(unpaid(*args)))
-    hidden = property(lambda mixer: learned(mixer) - len(hiding))
+    plant(monkeypatch, "unpack", lambda f, mixer, *args: (unpaid(f, mixer, *args),
+                                                          hiding.append(mixer)))  # fmt: skip
+    hidden = property(lambda mixer: learned(mixer) - any(mixer is one for one in hiding))
     monkeypatch.setattr(t.LogisticMixer, "learned", hidden)
-    assert ours.prime().learned == 400
-    hiding.clear()
+    assert ours.prime().learned == 700
     fails("message", "is not the text's|bits for a claim", ours.score, "sliding")
 
 
@@ -462,6 +472,7 @@ def write_message(folder, env=LOGISTIC):
     mixer, packed = pack_text()
     write_run(folder, env, packed=packed)
     ours = load(folder, env)
+    ours.rehearse(mixer)
     mixer.begin(int(ours.text.tokens[0]))
     _, _, nats, coder = ours.code_message(mixer, "standard", None)
     assert str(folder / "message.bin") in ours.write_message(nats, coder)
@@ -557,7 +568,7 @@ def test_another_message_is_not_decoded(tmp_path, monkeypatch, what):
     before = (tmp_path / "message.bin").read_bytes()
     with workers:
         result, line = load(tmp_path, env, workers).score("sliding")
-    of = {"window": "text, tokens, window", "workers": "machine"}.get(what, what)
+    of = {"window": "text, tokens, window, rehearsal", "workers": "machine"}.get(what, what)
     if what == "artifact":  # it is worth nothing any more
         assert line.startswith("16 tokens written")
     else:

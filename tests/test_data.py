@@ -209,6 +209,19 @@ def test_an_epoch_reads_every_window_once(tmp_path):
     assert other.step(0, 16)[:, 0].tolist() != epochs[0]
 
 
+@pytest.mark.parametrize("wanted, held", [(0, 0), (4, 0), (5, 5), (22, 20), (10**9, 20)])
+def test_what_is_held_out_is_in_no_window(tmp_path, wanted, held):
+    """At most a twentieth of the first shard's windows; all that comes after it is read."""
+    write_shard(tmp_path / "x_train_0.bin", range(404))
+    write_shard(tmp_path / "x_train_1.bin", range(500, 520))
+    data = t.TrainWindows(t.find_shards(tmp_path, "train"), 5, seed=3, vocab=600, held=wanted)
+    assert (data.held, data.windows, data.tokens) == (held, (404 - 1 - held) // 5 + 3, 424)
+    epochs = [data.step(epoch, data.windows) for epoch in range(6)]
+    assert all((np.diff(rows, axis=1) == 1).all() for rows in epochs)
+    seen = {int(token) for rows in epochs for token in rows.ravel()}
+    assert seen == {*range(held, 404), *range(500, 520)}
+
+
 def test_a_tail_that_fills_no_window_is_read_in_another_epoch(tmp_path):
     """Epochs begin at different tokens of a shard: in time every token is trained on."""
     write_shard(tmp_path / "x_train_0.bin", range(54))

@@ -599,7 +599,8 @@ def small_artifact(tmp_path_factory):
     facts = t.Tokenizer(np.ones(60, np.uint16), flags, flags.copy(), 1, False, "0" * 64)
     params = dict(t.tree_flatten(t.GPT(cfg, 60, 1).parameters()))
     path = tmp_path_factory.mktemp("artifact") / "artifact.bin"
-    packed = t.PackedText(np.arange(60)[None], 9, "0" * 64, b"some code")
+    rehearsal = t.PackedText(np.arange(60)[None], 7, "0" * 64, b"its code")
+    packed = t.PackedText(np.arange(60)[None], 9, "0" * 64, b"some code", rehearsal)
     t.write_artifact(path, params, t.group_parameters(list(params)), cfg, facts, packed)
     blob = path.read_bytes()
     size = t.PREFIX.unpack_from(blob)[3]

@@ -930,10 +930,10 @@ def test_alike_tokens_are_adjacent():
 # Packing
 
 
-def new_packer(text, budget, vocab=50, **env):
+def new_packer(text, budget, vocab=50, held=0, **env):
     """A packer of text in two shards, the first longer than a call of the kernel takes."""
-    cut = len(text) * 9 // 10
-    data = SimpleNamespace(shards=[text[:cut], text[cut:]], paths=["first.bin", "second.bin"])
+    cut, paths = len(text) * 9 // 10, ["first.bin", "second.bin"]
+    data = SimpleNamespace(shards=[text[:cut], text[cut:]], paths=paths, held=held)
     cfg = tiny_knobs(MIXER_MEMORY_MB=1, **env)
     return t.Packer(data, facts(vocab), cfg, budget, t.Workers(1))
 
@@ -992,6 +992,28 @@ def test_all_of_a_text_is_packed_where_it_fits():
     assert packed.sha256 == hashlib.sha256(text.astype("<i4").tobytes()).hexdigest()
     # What scores next, a message, still has room.
     packer.mixer.code(some_text(t.MESSAGE_TOKENS + 1))
+
+
+@pytest.mark.parametrize("budget, rehearsed", [(0, 0), (4, 0), (600, 120), (5000, 1000),
+                                               (10**6, 1500)])  # fmt: skip
+def test_the_rehearsal_comes_first_and_has_its_own_code(budget, rehearsed):
+    """What is kept from the net for it, and more than a fifth of the budget, is packed as text."""
+    text = some_text(40_000).astype(np.uint16)
+    packer = new_packer(text, budget, held=1500)
+    packer.start(0.0)
+    packed = packer.finish()
+    assert packed.total()[1] <= max(budget, 1)
+    assert (packed.rehearsal.token_count if packed.rehearsal else 0) == rehearsed
+    at = 0
+    for part in packed.parts():
+        own = text[at : at + part.token_count].astype("<i4").tobytes()
+        assert part.sha256 == hashlib.sha256(own).hexdigest()
+        memory_mb = t.REHEARSAL_MB if part is packed.rehearsal else 1
+        t.unpack(t.LogisticMixer(facts(50), part.leaves[0], 40_000, memory_mb), part, "")
+        at += part.token_count
+    if budget == 10**6:
+        assert packed.token_count == len(text) - 1500
+        packer.mixer.code(some_text(1500 + t.MESSAGE_TOKENS + 1))  # there is room for both
 
 
 def test_text_that_is_not_what_was_packed_is_caught():

@@ -295,8 +295,10 @@ def make_artifact(folder, tokenizer_path, **env):
     if cfg.mixer == "logistic":
         leaves, coder = t.token_trees(text, facts.vocab, cfg.mixer_size), t.Coder()
         mixer = t.new_context_model(cfg, facts, leaves, len(text))
-        mixer.code(text, None, coder)
-        packed = t.PackedText(leaves, len(text), mixer.text_sha256(), coder.finish())
+        mixer.code(text[500:], None, coder)
+        rehearsal = t.pack_rehearsal(facts, leaves[:1], text[:500])
+        digest = mixer.text_sha256()
+        packed = t.PackedText(leaves, len(text) - 500, digest, coder.finish(), rehearsal)
     model = random_model(facts.vocab, **env)
     params = dict(t.tree_flatten(model.parameters()))
     path = folder / "artifact.bin"
@@ -569,7 +571,7 @@ def test_a_sample_without_a_prompt_needs_no_byte_pieces(usual, tmp_path, capsys,
     monkeypatch.setattr(
         t.Pieces, "byte_ids", property(lambda _: {}, lambda *_: None), raising=False
     )
-    env = {"DEVICE": "cpu", "TOKENIZER_PATH": str(usual.tokenizer), "SAMPLE_TOKENS": "5"}
+    env = {"DEVICE": "cpu", "TOKENIZER_PATH": str(usual.tokenizer), "SEED": "2"}
     fails(t.Use.load(usual.artifact, {**env, "PROMPT": "one"}), "sample", "without byte_fallback")
     t.Use.load(usual.artifact, env).sample()
     assert capsys.readouterr().out.strip()
