@@ -5337,6 +5337,7 @@ def unpack(mixer: Mixer, packed: PackedText, label: str) -> None:
 # first token alone, decodes it. So the bits that a score claims are enough to get the text back.
 
 Parts = Iterator[tuple[int, np.ndarray]]  # (first target, rows: one per target from there on)
+NetRows = Callable[[np.ndarray], Parts]  # a text (n,) -> the net's log-distributions, (m, V) each
 COSTS_KEPT = 1 << 22  # tokens whose cost a run keeps
 ROWS_MOST = 1 << 24  # numbers in a batch of the net's rows, 64 MB: some of them are at hand at once
 
@@ -5538,12 +5539,11 @@ def load_net(cfg: Knobs, path: Path, artifact: Artifact) -> GPT:
 
 
 def prime_contexts(
-    cfg: Knobs, artifact: Artifact, tokens: int, first: bool = False
+    cfg: Knobs, artifact: Artifact, tokens: int, net: NetRows | None, first: bool = False
 ) -> ContextModel:  # fmt: skip
-    """A context model for so many tokens, which has read the artifact's text and nothing else, but
-    for the rehearsal: see `rehearse`.
+    """A context model for so many tokens, which has read the artifact's text and nothing else.
 
-    first: of a group of mixers, the first one alone.
+    net: see `rehearse`; first: of a group of mixers, the first one alone.
     """
     packed, mib = artifact.packed if cfg.mixer == "logistic" else None, memory_limit() >> 20
     leaves, paid, memory_mb = None, 0, 0
@@ -5560,6 +5560,8 @@ def prime_contexts(
     if packed:
         unpack(context_model, packed, "priming")
     check_paid(context_model, paid)
+    if packed:
+        rehearse(context_model, artifact, net)
     return context_model
 
 
@@ -5569,14 +5571,12 @@ def check_paid(context_model: ContextModel, paid: int) -> None:
         raise AuditFailed("paid text", f"learned {context_model.learned} tokens, paid {paid}")
 
 
-def rehearse(
-    mixer: Mixer, artifact: Artifact, net: Callable[[np.ndarray], Parts] | None
-) -> None:  # fmt: skip
+def rehearse(mixer: Mixer, artifact: Artifact, net: NetRows | None) -> None:
     """Let a mixer that has read the packed text score the rehearsal, as it will score any text.
 
     Neither the mixer nor the net has seen that, so the mixer learns what the net is worth beside it
     before a score begins. A net must know a text to make its rows, so this one has a code of its
-    own. net: text (n,) -> its rows (`net_rows`); without it the text is read like the rest.
+    own. Without the net it is read like the rest.
     """
     rehearsal = artifact.packed.rehearsal
     if not rehearsal:
@@ -5624,14 +5624,8 @@ class Scoring:
 
     def prime(self) -> ContextModel:
         """A context model that has read the artifact's text, and nothing else."""
-        mixer = prime_contexts(self.cfg, self.artifact, len(self.text.tokens))
-        if self.cfg.mixer == "logistic":
-            self.rehearse(mixer)
-        return mixer
-
-    def rehearse(self, mixer: Mixer) -> None:
-        """Let a mixer that has read the artifact's text rehearse with the net: see `rehearse`."""
-        rehearse(mixer, self.artifact, functools.partial(self.rows, "standard"))
+        tokens = len(self.text.tokens)
+        return prime_contexts(self.cfg, self.artifact, tokens, self.standard_rows)
 
     def message_facts(self) -> dict[str, Any]:
         """What a message says of itself: nothing of it may differ where it is decoded."""
@@ -5697,6 +5691,10 @@ class Scoring:
         """The net's rows in an EVAL_MODE."""
         shape = (*eval_shape(self.cfg, mode), self.cfg.eval_batch_seqs)
         return net_rows(self.model, known, shape, self.workers, cuts)
+
+    def standard_rows(self, text: np.ndarray) -> Parts:
+        """The net's rows of any text, by windows that do not overlap."""
+        return self.rows("standard", text)
 
     def message_costs(
         self, context_model: ContextModel, mode: str
@@ -6239,11 +6237,11 @@ class Use:
         length = eval_shape(self.cfg)[0]
         try:
             if contexts:
-                mixer = prime_contexts(self.cfg, self.artifact, tokens, first)
                 with make_workers(self.cfg) as workers:
                     shape = length, length, self.cfg.eval_batch_seqs
                     rows = functools.partial(net_rows, model, shape=shape, workers=workers)
-                    rehearse(mixer, self.artifact, rows if net else None)
+                    rows = rows if net else None
+                    mixer = prime_contexts(self.cfg, self.artifact, tokens, rows, first)
         except MemoryError:
             raise UserError(f"no memory for a text of {tokens:,} tokens") from None
         return Predictor(mixer, NetReader(model, length, stride) if net else None)
@@ -6388,8 +6386,8 @@ class Use:
             raise UserError(f"{file}: damaged, or cut short: copy it again")
         if flags & NET_TOO and raw[at:end] != machine_mark(self.cfg, count):
             raise UserError(f"{file}: compressed with WITH_NET=1 on another machine, with "
-                            "another MLX or other EVAL_ settings: the net's numbers are not the "
-                            "same here")  # fmt: skip
+                            "another MLX, other EVAL_ settings or WORKERS: the net's numbers are "
+                            "not the same here")  # fmt: skip
         return flags, crc, count, raw[end:]
 
 
@@ -6772,7 +6770,7 @@ def write_first_message(cfg: Knobs, mixer: Mixer, report: Report, folder: Path) 
         end_live()
     with make_workers(cfg) as workers:  # as the scoring program makes them: rows must be equal
         scoring = Scoring.load(cfg, report.folder / "artifact.bin", folder, workers)
-        scoring.rehearse(mixer)
+        rehearse(mixer, scoring.artifact, scoring.standard_rows)
         mixer.begin(int(scoring.text.tokens[0]))
         _, _, nats, coder = scoring.code_message(mixer, "standard", None)
         scoring.write_message(nats, coder)

@@ -464,6 +464,36 @@ def test_unpaid_text_that_hides_fails_the_message(tmp_path, monkeypatch):
 
 
 # --------------------------------------------------------------------------------------------------
+# The rehearsal
+
+
+def knowing_net(text):
+    """Rows of a net that gives what comes next 0.9."""
+    rows = np.full((len(text) - 1, VOCAB), math.log(0.1 / (VOCAB - 1)), np.float32)
+    rows[np.arange(len(rows)), text[1:]] = math.log(0.9)
+    yield 0, rows
+
+
+def test_a_rehearsal_teaches_what_the_net_is_worth():
+    """And nothing else: contexts learn the same of its text, whoever reads it with them."""
+    tokenizer, (_, packed) = made_up_tokenizer(), pack_text()
+    text, costs, models = made_up_text(200, seed=5).tokens.astype(np.int64), {}, {}
+    (_, rows) = next(knowing_net(text))
+    bare = dataclasses.replace(packed, rehearsal=None)
+    cases = ("heard", knowing_net, packed), ("read", None, packed), ("none", None, bare)
+    for name, net, its in cases:
+        artifact = t.Artifact({}, tokenizer, {}, its)
+        models[name] = mixer = t.prime_contexts(settings(), artifact, len(text), net)
+        assert not any(mixer.worth().values())
+        mixer.begin(int(text[0]))
+        costs[name] = mixer.cost(text[1:], rows).sum(axis=0)
+    assert [model.learned for model in models.values()] == [900, 900, 600]
+    net, contexts, mixed = (costs["heard"] / costs["read"]).tolist()
+    assert net == contexts == 1 and mixed < 0.8
+    assert costs["none"][1] != costs["read"][1]
+
+
+# --------------------------------------------------------------------------------------------------
 # The message
 
 
@@ -472,7 +502,7 @@ def write_message(folder, env=LOGISTIC):
     mixer, packed = pack_text()
     write_run(folder, env, packed=packed)
     ours = load(folder, env)
-    ours.rehearse(mixer)
+    t.rehearse(mixer, ours.artifact, ours.standard_rows)
     mixer.begin(int(ours.text.tokens[0]))
     _, _, nats, coder = ours.code_message(mixer, "standard", None)
     assert str(folder / "message.bin") in ours.write_message(nats, coder)

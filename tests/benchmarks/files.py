@@ -240,7 +240,7 @@ class Bench:
         if not use.artifact.packed:
             raise t.UserError(f"{self.path}: made without MIXER=logistic, it codes no files")
         begin = time.perf_counter()
-        use.mixer = t.prime_contexts(use.cfg, use.artifact, self.longest + 2)
+        use.mixer = t.prime_contexts(use.cfg, use.artifact, self.longest + 2, None)
         seconds = time.perf_counter() - begin
         print(f"primed: {use.artifact.packed.token_count:,} tokens in {seconds:.1f} s", flush=True)
         return use
