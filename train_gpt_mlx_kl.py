@@ -36,7 +36,7 @@ the order in which data flows:
     BACKOFF           exact counts of the text so far, mixed linearly with the net
     LOGISTIC          a token as binary decisions; experts mixed as logits; the arithmetic coder
     PACKING           training text inside the artifact, whose decoding primes the mixer
-    EVALUATION        load, prime, decode the first tokens' code, score each position once, total
+    EVALUATION        load, prime, rehearse, decode the message, score each position once, total
     AUDIT             causality, normalisation, bytes: checked through the code that scores
     USE               a file token by token: samples of text; files compressed and restored
     MODES             two programs that meet in files, train and score; a doctor for machines
@@ -302,8 +302,8 @@ class Knobs:
     late_qat_threshold: float = knob(0.0, "train quantised below this LR factor", "train", hi=1)
     pack_text_bytes: int = knob(-1, "bytes of packed text; -1: all that is left", "train", lo=-1,
                                 needs="MIXER=logistic")  # fmt: skip
-    rehearsal_tokens: int = knob(500_000, "text kept from the net, by which the mixer learns what "
-                                 "the net is worth; 0: none", "train", hi=10_000_000)  # fmt: skip
+    rehearsal_tokens: int = knob(500_000, "first training tokens, kept from the net: by them the "
+                                 "mixer learns its worth", "train", hi=1 << 20)  # fmt: skip
 
     num_layers: int = knob(11, "transformer blocks", "model", lo=1, hi=96)
     model_dim: int = knob(512, "width D", "model", lo=8, hi=8192)
@@ -1117,7 +1117,7 @@ def tokenizer_beside(folder: Path) -> Path:
 
 
 class TrainWindows:
-    """Windows of seq_len + 1 tokens over all training shards, in an order shuffled by seed.
+    """Windows of seq_len + 1 tokens over the training shards, in an order shuffled by seed.
 
     Window i of epoch e is a pure function of (seed, e, i): a run can go on from a step number,
     and several processes can each read their part of a step.
@@ -2476,13 +2476,13 @@ def tree_count(size: str) -> int:
 
 @dataclass(frozen=True)
 class PackedText:
-    """Training text inside an artifact, as the logistic mixer's code; decoding it is priming."""
+    """Training text inside an artifact, as a logistic mixer's code; decoding it is priming."""
 
     leaves: np.ndarray  # (1 or 3, V) int64: the mixer's trees, see `token_trees`
     token_count: int
     sha256: str  # of the text's tokens, little-endian int32
     code: bytes
-    rehearsal: PackedText | None = None  # see `rehearse`; by the first tree
+    rehearsal: PackedText | None = None  # see `rehearse`; a small mixer's, by the first tree
 
     def parts(self) -> list[PackedText]:
         """The texts that an artifact holds: the rehearsal, if there is one, and this."""
@@ -2540,7 +2540,7 @@ def write_artifact(
     path: Path, params: Arrays, groups: dict[str, Group], cfg: Knobs, tokenizer: Tokenizer,
     packed: PackedText | None = None, overlap: tuple[int, int] = (0, 0),
 ) -> Event:  # fmt: skip
-    """Write the compressed model, then the packed text; returns the export event.
+    """Write the compressed model, the rehearsal's code and the text's; returns the export event.
 
     overlap: see `shared_documents`.
     """
@@ -2625,7 +2625,10 @@ def read_artifact(path: Path) -> Artifact:
 
 
 def parse_packed(facts: list, raw: bytes, vocab: int, code: bytes) -> PackedText:
-    """The packed text of an artifact; raw: its trees, and more. Raises ValueError."""
+    """The packed text of an artifact. Raises ValueError.
+
+    facts: a row of the rehearsal, if there is one, and one of the text; raw: the trees, and more.
+    """
     *before, (count, digest, size, trees) = facts
     if trees not in (1, 3) or len(before) > 1:
         raise ValueError(f"{trees} trees, {len(facts)} texts")
@@ -2640,6 +2643,8 @@ def parse_packed(facts: list, raw: bytes, vocab: int, code: bytes) -> PackedText
     if before:
         rehearsal = parse_packed([[*before[0][:3], 1]], raw, vocab, code[: before[0][2]])
         code = code[before[0][2] :]
+        if not rehearsal.token_count:
+            raise ValueError("a rehearsal without tokens")
     if not (type(count) is int and 0 <= count <= PACKED_TOKENS_MOST and size == len(code)):
         raise ValueError(f"{count} packed tokens of {size} bytes, with {len(code)} there")
     return PackedText(leaves, count, str(digest), code, rehearsal)
@@ -2833,12 +2838,16 @@ def make_workers(cfg: Knobs, neighbours: int = 1, ranks: int = 1) -> Workers:
     """
     if cfg.blas not in ("auto", "none") and not BLAS:
         raise UserError(f"BLAS={cfg.blas}: not an OpenBLAS that can be loaded; try BLAS=auto")
-    windows = cfg.train_batch_tokens // cfg.train_seq_len // ranks  # more workers would idle
-    cores = max(cpu_cores() // neighbours, 1)
-    count = (cfg.workers or max(min(cores, windows), 1)) if on_cpu() else 1
     if BLAS:
         BLAS["set_threads"](1)  # more would wait for each other where the machine is busy
-    return Workers(count)
+    return Workers(worker_count(cfg, neighbours, ranks))
+
+
+def worker_count(cfg: Knobs, neighbours: int = 1, ranks: int = 1) -> int:
+    """How many workers `make_workers` starts."""
+    windows = cfg.train_batch_tokens // cfg.train_seq_len // ranks  # more workers would idle
+    cores = max(cpu_cores() // neighbours, 1)
+    return (cfg.workers or max(min(cores, windows), 1)) if on_cpu() else 1
 
 
 LAUNCH_RANKS = ("MLX_RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK")
@@ -3502,7 +3511,7 @@ class ContextModel:
         return np.repeat(net_nats(tokens, logs)[:, None], 3, axis=1)
 
     def worth(self) -> dict[str, float]:
-        """Nats by name since the net takes part, of it and of experts: see `weigh_experts`."""
+        """Nats by name of what a net took part in since the rehearsal: see `weigh_experts`."""
         return {}
 
     def save(self) -> tuple[np.ndarray, ...]:
@@ -5198,6 +5207,7 @@ class Packer:
         self.ended.set()
         self.mixer: Mixer | None = None
         self.rehearsal: PackedText | None = None
+        self.rehearsed = min(data.held, budget // 5)  # tokens, which take 3/5 of it at most
         self.leaves = np.tile(np.arange(tokenizer.vocab), (tree_count(cfg.mixer_size), 1))
         self.coder = Coder()
         self.count = 0
@@ -5242,15 +5252,14 @@ class Packer:
             parts.append(check_ids(shard[:left], self.tokenizer.vocab, path))
             left -= len(parts[-1])
         text = np.concatenate(parts)
-        held = min(self.data.held, self.budget // 5)  # a token takes 3 bytes at most
-        held_text, text = text[:held].astype(np.int64), text[held:]
+        first, text = text[: self.rehearsed].astype(np.int64), text[self.rehearsed :]
         if not self.count:
             size = self.cfg.mixer_size
             self.leaves = token_trees(text[:TREE_TOKENS], self.tokenizer.vocab, size)
-        self.rehearsal = pack_rehearsal(self.tokenizer, self.leaves[:1], held_text)
+        self.rehearsal = pack_rehearsal(self.tokenizer, self.leaves[:1], first)
         self.budget -= len(self.rehearsal.code) if self.rehearsal else 0
         text = text[: int(self.budget / 0.3)]  # a token takes more than 0.3 bytes
-        room = held + len(text) + MESSAGE_TOKENS + 1
+        room = len(first) + len(text) + MESSAGE_TOKENS + 1
         self.mixer = new_context_model(self.cfg, self.tokenizer, self.leaves, room)
         if isinstance(self.mixer, MixerGroup):
             self.mixer.along = not (on_cpu() and self.cfg.max_wallclock_seconds)
@@ -5286,6 +5295,7 @@ class Packer:
                 return {}
             seconds = self.seconds if self.ended.is_set() else time.perf_counter() - self.begin
             parts = {"leaves": self.leaves, "count": np.array(self.count),
+                     "rehearsed": np.array(self.rehearsed),
                      "coder": self.coder.state, "seconds": np.array(seconds),
                      "code": np.frombuffer(bytes(self.coder.out), np.uint8)}  # fmt: skip
             return {"packed": {name: mx.array(part) for name, part in parts.items()}}
@@ -5294,10 +5304,10 @@ class Packer:
         """Go on from what `state` kept, before `start`."""
         self.leaves, self.coder.state = np.array(parts["leaves"]), np.array(parts["coder"])
         self.count, self.coder.out = parts["count"].item(), bytearray(np.array(parts["code"]))
-        self.seconds = parts["seconds"].item()
+        self.seconds, self.rehearsed = parts["seconds"].item(), parts["rehearsed"].item()
 
     def finish(self) -> PackedText:
-        """What is packed, once all is; nothing, if it was ended before it began."""
+        """What is packed, once all is; the rehearsal alone, if it was ended before it began."""
         self.wait()
         if not self.mixer:  # it was interrupted before it began
             self.pack()
@@ -5305,20 +5315,30 @@ class Packer:
         return PackedText(self.leaves, self.count, digest, self.coder.finish(), self.rehearsal)
 
 
-REHEARSAL_MB = 64  # MiB of tables that code a rehearsal
+def small_mixer(tokenizer: Tokenizer, leaf: np.ndarray, tokens: int) -> LogisticMixer:
+    """Who codes and decodes a rehearsal of so many tokens: a mixer that has read nothing."""
+    return LogisticMixer(tokenizer, leaf, tokens, memory_mb=64, size="medium")
 
 
 def pack_rehearsal(tokenizer: Tokenizer, leaves: np.ndarray, text: np.ndarray) -> PackedText | None:
-    """Code a rehearsal by a small mixer that knows nothing; leaves (1, V): its tree."""
+    """Code a rehearsal; leaves (1, V): the tree of the mixer that does."""
     if not len(text):
         return None
-    mixer, coder = LogisticMixer(tokenizer, leaves[0], len(text), REHEARSAL_MB), Coder()
-    mixer.code(text, None, coder)
+    mixer, coder = small_mixer(tokenizer, leaves[0], len(text)), Coder()
+    for at in range(0, len(text), PACK_CHUNK):
+        mixer.code(text[at : at + PACK_CHUNK], None, coder)
     return PackedText(leaves, len(text), mixer.text_sha256(), coder.finish())
 
 
+def rehearsal_text(packed: PackedText, tokenizer: Tokenizer) -> np.ndarray:
+    """The tokens of a rehearsal, (n,) int64. Raises AuditFailed if it is not that text."""
+    mixer = small_mixer(tokenizer, packed.leaves[0], packed.token_count)
+    unpack(mixer, packed, "decoding")
+    return mixer.state.history[: packed.token_count].astype(np.int64)
+
+
 def unpack(mixer: Mixer, packed: PackedText, label: str) -> None:
-    """Prime a mixer by decoding an artifact's text. Raises AuditFailed if it is not that text."""
+    """Prime a mixer by decoding packed text. Raises AuditFailed if it is not that text."""
     coder, show = Coder(packed.code), show_progress(label)
     for at in range(0, packed.token_count, PACK_CHUNK):
         size = min(PACK_CHUNK, packed.token_count - at)
@@ -5329,7 +5349,7 @@ def unpack(mixer: Mixer, packed: PackedText, label: str) -> None:
 
 
 # ==================================================================================================
-# EVALUATION: load, prime, decode the message, score each position exactly once, total
+# EVALUATION: load, prime, rehearse, decode the message, score each position exactly once, total
 # ==================================================================================================
 
 # The message is the text's first tokens, at most 256, in the arithmetic code of the primed mixer:
@@ -5578,23 +5598,20 @@ def rehearse(mixer: Mixer, artifact: Artifact, net: NetRows | None) -> None:
     before a score begins. A net must know a text to make its rows, so this one has a code of its
     own. Without the net it is read like the rest.
     """
-    rehearsal = artifact.packed.rehearsal
-    if not rehearsal:
+    if not artifact.packed.rehearsal:
         return
-    count = rehearsal.token_count
-    small = LogisticMixer(artifact.tokenizer, rehearsal.leaves[0], count, REHEARSAL_MB)
-    unpack(small, rehearsal, "decoding")
-    text = small.state.history[:count].astype(np.int64)
+    text = rehearsal_text(artifact.packed.rehearsal, artifact.tokenizer)
     if net:
         mixer.begin(int(text[0]))
         show = show_progress("rehearsing")
         with contextlib.closing(ahead(net(text))) as rows:
-            for first, nats in covering(cost_tokens(rows, text, mixer), count - 1):
-                show(first + len(nats), count - 1, "")
+            for first, nats in covering(cost_tokens(rows, text, mixer), len(text) - 1):
+                show(first + len(nats), len(text) - 1, "")
         for one in mixer.all():
             one.now["worth"] = 0  # this is no score
     else:
-        mixer.code(text)
+        for at in range(0, len(text), PACK_CHUNK):
+            mixer.code(text[at : at + PACK_CHUNK])
     check_paid(mixer, artifact.packed.total()[0])
 
 
@@ -5631,13 +5648,14 @@ class Scoring:
         """What a message says of itself: nothing of it may differ where it is decoded."""
         count = min(MESSAGE_TOKENS, eval_shape(self.cfg)[0], len(self.text.tokens) - 1)
         first = self.text.tokens[: count + 1].astype("<i4").tobytes()
+        rehearsed = [eval_shape(self.cfg)[0], self.cfg.eval_batch_seqs]
         return {
             "artifact": file_sha256(self.path),
             "text": hashlib.sha256(first).hexdigest(),
             "tokens": count,
             "window": min(eval_shape(self.cfg)[0], len(self.text.tokens) - 1),
-            "rehearsal": [eval_shape(self.cfg)[0], self.cfg.eval_batch_seqs],
             "machine": [*numbers_made_by(self.cfg), self.workers.count],
+            **({"rehearsal": rehearsed} if self.artifact.packed.rehearsal else {}),
         }
 
     def read_message(self) -> tuple[bytes | None, Event, str]:
@@ -6171,7 +6189,7 @@ def checksum_of(chunks: Iterable[bytes]) -> tuple[int, int]:
 
 def machine_mark(cfg: Knobs, count: int) -> bytes:
     """2 bytes that are others where the net's numbers may be, or the number of tokens is."""
-    batches = cfg.eval_batch_seqs, cfg.workers  # of the rehearsal
+    batches = cfg.eval_batch_seqs, worker_count(cfg)  # of the rehearsal
     facts = *numbers_made_by(cfg), *eval_shape(cfg, cfg.eval_mode), *batches, count
     return hashlib.sha256(repr(facts).encode()).digest()[:2]
 
@@ -6912,12 +6930,15 @@ DOCTOR_VOCAB = 1024  # pieces of the text that the doctor makes up
 
 
 def forward_sha256(cfg: Knobs) -> str:
-    """SHA-256 of a net's scores of a window: where nets are repeatable, one in all processes."""
+    """SHA-256 of a net's rows of a window, and of a batch: where nets are repeatable, one in all
+    processes."""
     model = GPT(dataclasses.replace(cfg, use_ortho_init=False), DOCTOR_VOCAB, 1)
-    text = np.random.default_rng(0).integers(2, DOCTOR_VOCAB, eval_shape(cfg)[0])
-    with Workers(1) as workers:
-        rows = first_window(model, text, len(text), workers)
-    return hashlib.sha256(rows.tobytes()).hexdigest()
+    shape, digest = (*eval_shape(cfg), cfg.eval_batch_seqs), hashlib.sha256()
+    text = np.random.default_rng(0).integers(2, DOCTOR_VOCAB, shape[0] * (1 + shape[2]) + 1)
+    with make_workers(cfg) as workers:
+        for _, rows in net_rows(model, text, shape, workers):
+            digest.update(rows.tobytes())
+    return digest.hexdigest()
 
 
 def in_another_process(cfg: Knobs) -> str:

@@ -972,10 +972,10 @@ def test_packed_text_fits_and_is_the_texts_beginning(vocab, size, budget):
 def test_packing_that_was_interrupted_twice_keeps_its_code():
     """The second time before it began: what a checkpoint had is what is packed."""
     text = some_text(40_000).astype(np.uint16)
-    first = new_packer(text, 3000)
+    first = new_packer(text, 3000, held=700)
     first.start(0.0)
     first.wait()
-    again = new_packer(text, 3000)
+    again = new_packer(text, 3100, held=700)  # as if a little more room were left
     again.set_state(first.state()["packed"])
     again.deadline = 0.0  # as of one whose training was interrupted
     packed = again.finish()
@@ -1008,8 +1008,10 @@ def test_the_rehearsal_comes_first_and_has_its_own_code(budget, rehearsed):
     for part in packed.parts():
         own = text[at : at + part.token_count].astype("<i4").tobytes()
         assert part.sha256 == hashlib.sha256(own).hexdigest()
-        memory_mb = t.REHEARSAL_MB if part is packed.rehearsal else 1
-        t.unpack(t.LogisticMixer(facts(50), part.leaves[0], 40_000, memory_mb), part, "")
+        if part is packed.rehearsal:
+            assert t.rehearsal_text(part, facts(50)).astype("<i4").tobytes() == own
+        else:
+            t.unpack(t.LogisticMixer(facts(50), part.leaves[0], 40_000, 1), part, "")
         at += part.token_count
     if budget == 10**6:
         assert packed.token_count == len(text) - 1500

@@ -4,8 +4,8 @@
 
 The run's averaged float weights are quantised at each WEIGHT_BITS, token embedding and engram.proj
 as the run has them, and score the validation text's first tokens with the run's context models,
-which start anew from the run's packed text each time. The last row is of the float weights
-themselves. The last line is JSON.
+which start anew from the run's packed text each time, after a rehearsal with the artifact's net.
+The last row is of the float weights themselves. The last line is JSON.
 """
 
 import argparse

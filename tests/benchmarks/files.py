@@ -242,7 +242,7 @@ class Bench:
         begin = time.perf_counter()
         use.mixer = t.prime_contexts(use.cfg, use.artifact, self.longest + 2, None)
         seconds = time.perf_counter() - begin
-        print(f"primed: {use.artifact.packed.token_count:,} tokens in {seconds:.1f} s", flush=True)
+        print(f"primed: {use.artifact.packed.total()[0]:,} tokens in {seconds:.1f} s", flush=True)
         return use
 
     @functools.cached_property
