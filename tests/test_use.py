@@ -424,7 +424,7 @@ def test_a_code_with_the_net_is_for_its_own_machine_and_windows(usual, monkeypat
     head = t.TGK.size + 1  # one byte holds the number of tokens
     assert plain[head:] != with_net[head + 2 :]  # behind the machine's mark: the net has a say
     (usual.folder / "elsewhere.tgk").write_bytes(with_net)
-    for other in ({"EVAL_STRIDE": 3, "EVAL_SEQ_LEN": 8}, {"EVAL_BATCH_SEQS": 3}, {"WORKERS": 3}):
+    for other in ({"EVAL_STRIDE": 3, "EVAL_SEQ_LEN": 8}, {"EVAL_BATCH_SEQS": 4}, {"WORKERS": 3}):
         with pytest.raises(t.UserError, match="other EVAL_ settings or WORKERS"):
             usual.use(usual.folder / "elsewhere.tgk", **other).restore()
     monkeypatch.setattr(t, "processor_name", lambda: "another")
