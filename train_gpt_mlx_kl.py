@@ -6933,6 +6933,7 @@ def forward_sha256(cfg: Knobs) -> str:
     """SHA-256 of a net's rows of a window, and of a batch: where nets are repeatable, one in all
     processes."""
     model = GPT(dataclasses.replace(cfg, use_ortho_init=False), DOCTOR_VOCAB, 1)
+    mx.eval(model.parameters())  # here, as other threads take the rows
     shape, digest = (*eval_shape(cfg), cfg.eval_batch_seqs), hashlib.sha256()
     text = np.random.default_rng(0).integers(2, DOCTOR_VOCAB, shape[0] * (1 + shape[2]) + 1)
     with make_workers(cfg) as workers:
