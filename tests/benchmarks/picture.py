@@ -1,9 +1,12 @@
 """The README's picture: how a run went, and its score beside what other systems make of that text.
+With several runs: what each minute of training buys, and where each run's bytes go.
 
     python tests/benchmarks/picture.py logs/RUN
+    python tests/benchmarks/picture.py logs/TWO_MINUTES logs/TEN logs/THIRTY
 
-It reads the run's metrics.jsonl and writes score.svg beside itself, or where --out says. The page's
-colours are chosen by the reader's browser, light or dark; the picture brings its own ground.
+It reads the runs' metrics.jsonl and writes score.svg or minutes.svg beside itself, or where --out
+says. The page's colours are chosen by the reader's browser, light or dark; the picture brings its
+own ground.
 """
 
 import argparse
@@ -87,8 +90,51 @@ def draw_bars(axes: plt.Axes, found: dict[str, list[dict]]) -> None:
     bare(axes, "The same text: bits per byte, lower is better")
 
 
-def picture(found: dict[str, list[dict]]) -> str:
-    """The SVG."""
+def draw_minutes(axes: plt.Axes, finals: list[dict]) -> None:
+    """Bits per byte by minutes of training, on one text."""
+    assert len({f["val_sha256"] for f in finals}) == 1, "the runs scored unlike texts"
+    minutes = [f["train_seconds"] / 60 for f in finals]
+    lines = (("net alone", "val_bpb_net", "net"), ("contexts alone", "val_bpb_context", "other"),
+             ("together", "val_bpb", "ours"))  # fmt: skip
+    for name, key, role in lines:
+        values = [f[key] for f in finals]
+        axes.plot(minutes, values, "o-", color=ROLE[role], lw=1.6, ms=4, label=name)
+        for x, y in zip(minutes, values, strict=True):
+            below = role == "ours"
+            axes.annotate(f"{y:.3f}", (x, y), (0, -6 if below else 6), textcoords="offset points",
+                          ha="center", va="top" if below else "bottom", fontsize=8,
+                          color=ROLE[role])  # fmt: skip
+    axes.set_xscale("log")
+    axes.set_xticks(minutes, [f"{x:.0f}" for x in minutes])
+    axes.minorticks_off()
+    axes.margins(x=0.12, y=0.16)
+    axes.set(xlabel="minutes of training, two cores")
+    axes.legend(frameon=False, fontsize=8)
+    axes.grid(axis="y", color=ROLE["faint"], lw=0.6)
+    bare(axes, "Bits per byte, whole dev text")
+
+
+def draw_bytes(axes: plt.Axes, finals: list[dict]) -> None:
+    """What the artifact's bytes are, run by run."""
+    names, starts = [f"{f['train_seconds'] / 60:.0f} min" for f in finals], [0.0] * len(finals)
+    parts = (("script", "code_bytes", "other"), ("net", "net_bytes", "net"),
+             ("text", "packed_bytes", "ours"))  # fmt: skip
+    for name, key, role in parts:
+        sizes = [f.get(key, f["model_bytes"] - f["packed_bytes"]) / 1e6 for f in finals]
+        axes.barh(names, sizes, left=starts, color=ROLE[role], height=0.6, label=name)
+        starts = [a + b for a, b in zip(starts, sizes, strict=True)]
+    for place, total in enumerate(starts):
+        axes.text(total + 0.2, place, f"{total:.2f} MB", va="center", fontsize=9)
+    axes.axvline(16, color=ROLE["ink"], lw=1, ls=":")
+    axes.text(15.8, -0.62, "limit", ha="right", fontsize=8)
+    axes.invert_yaxis()
+    axes.set(xlim=(0, 16.5), xlabel="MB")
+    axes.legend(frameon=False, fontsize=8, loc=(0.76, 0.4))
+    bare(axes, "Where the bytes go")
+
+
+def picture(runs: list[dict[str, list[dict]]]) -> str:
+    """The SVG of one run, or of several."""
     plt.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "score", "font.size": 9,
                          "font.family": "sans-serif", "savefig.facecolor": ROLE["paper"],
                          **dict.fromkeys(("text.color", "axes.labelcolor", "xtick.color",
@@ -97,8 +143,13 @@ def picture(found: dict[str, list[dict]]) -> str:
     figure, (left, right) = plt.subplots(1, 2, figsize=(9.6, 3.2), layout="constrained",
                                          gridspec_kw={"width_ratios": (5, 5)})  # fmt: skip
     figure.get_layout_engine().set(w_pad=0.12, h_pad=0.12)
-    draw_curve(left, found)
-    draw_bars(right, found)
+    if len(runs) == 1:
+        draw_curve(left, runs[0])
+        draw_bars(right, runs[0])
+    else:
+        finals = [found["final"][-1] for found in runs]
+        draw_minutes(left, finals)
+        draw_bytes(right, finals)
     out = io.StringIO()
     figure.savefig(out, format="svg", metadata={"Date": None, "Creator": None})
     return themed(out.getvalue())
@@ -118,13 +169,15 @@ def themed(svg: str) -> str:
 
 
 def main() -> None:
-    """Draw a run's picture."""
+    """Draw one run's picture, or that of several."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("run", type=Path, help="a finished run's folder")
-    parser.add_argument("--out", type=Path, default=Path(__file__).with_name("score.svg"))
+    parser.add_argument("runs", type=Path, nargs="+", help="folders of finished runs")
+    parser.add_argument("--out", type=Path, help="where the picture goes")
     args = parser.parse_args()
-    args.out.write_text(picture(records(args.run)))
-    print(json.dumps({"picture": str(args.out), "bytes": args.out.stat().st_size}))
+    name = "score.svg" if len(args.runs) == 1 else "minutes.svg"
+    out = args.out or Path(__file__).with_name(name)
+    out.write_text(picture([records(run) for run in args.runs]))
+    print(json.dumps({"picture": str(out), "bytes": out.stat().st_size}))
 
 
 if __name__ == "__main__":
