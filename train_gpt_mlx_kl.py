@@ -90,6 +90,7 @@ from typing import Any, NamedTuple
 # ==================================================================================================
 
 ARTIFACT_LIMIT_BYTES = 16_000_000
+REHEARSAL_MOST = 1 << 20  # tokens
 SCORE_LIMIT = 80.0  # |score| <= |gain| * sqrt(head_dim): keeps exponentials in float32's range
 Event = dict[str, Any]  # what happened: a line of metrics.jsonl
 
@@ -302,8 +303,9 @@ class Knobs:
     late_qat_threshold: float = knob(0.0, "train quantised below this LR factor", "train", hi=1)
     pack_text_bytes: int = knob(-1, "bytes of packed text; -1: all that is left", "train", lo=-1,
                                 needs="MIXER=logistic")  # fmt: skip
-    rehearsal_tokens: int = knob(500_000, "first training tokens, kept from the net: by them the "
-                                 "mixer learns its worth", "train", hi=1 << 20)  # fmt: skip
+    rehearsal_tokens: int = knob(500_000, "training tokens at most that the net does not see, "
+                                 "whatever the MIXER: by them it learns how far to trust the net",
+                                 "train", hi=REHEARSAL_MOST)  # fmt: skip
 
     num_layers: int = knob(11, "transformer blocks", "model", lo=1, hi=96)
     model_dim: int = knob(512, "width D", "model", lo=8, hi=8192)
@@ -2482,7 +2484,7 @@ class PackedText:
     token_count: int
     sha256: str  # of the text's tokens, little-endian int32
     code: bytes
-    rehearsal: PackedText | None = None  # see `rehearse`; a small mixer's, by the first tree
+    rehearsal: PackedText | None = None  # see `rehearse`; by `small_mixer` with the first tree
 
     def parts(self) -> list[PackedText]:
         """The texts that an artifact holds: the rehearsal, if there is one, and this."""
@@ -2643,8 +2645,8 @@ def parse_packed(facts: list, raw: bytes, vocab: int, code: bytes) -> PackedText
     if before:
         rehearsal = parse_packed([[*before[0][:3], 1]], raw, vocab, code[: before[0][2]])
         code = code[before[0][2] :]
-        if not rehearsal.token_count:
-            raise ValueError("a rehearsal without tokens")
+        if not 0 < rehearsal.token_count <= REHEARSAL_MOST:
+            raise ValueError(f"a rehearsal of {rehearsal.token_count} tokens")
     if not (type(count) is int and 0 <= count <= PACKED_TOKENS_MOST and size == len(code)):
         raise ValueError(f"{count} packed tokens of {size} bytes, with {len(code)} there")
     return PackedText(leaves, count, str(digest), code, rehearsal)
@@ -3511,7 +3513,8 @@ class ContextModel:
         return np.repeat(net_nats(tokens, logs)[:, None], 3, axis=1)
 
     def worth(self) -> dict[str, float]:
-        """Nats by name of what a net took part in since the rehearsal: see `weigh_experts`."""
+        """Nats that the net and each expert have saved, by name, of the tokens that were scored
+        with the net since the rehearsal: see `weigh_experts`."""
         return {}
 
     def save(self) -> tuple[np.ndarray, ...]:
@@ -5316,7 +5319,7 @@ class Packer:
 
 
 def small_mixer(tokenizer: Tokenizer, leaf: np.ndarray, tokens: int) -> LogisticMixer:
-    """Who codes and decodes a rehearsal of so many tokens: a mixer that has read nothing."""
+    """A mixer that has read nothing, with room for a rehearsal, which it codes or decodes."""
     return LogisticMixer(tokenizer, leaf, tokens, memory_mb=64, size="medium")
 
 
@@ -5594,9 +5597,9 @@ def check_paid(context_model: ContextModel, paid: int) -> None:
 def rehearse(mixer: Mixer, artifact: Artifact, net: NetRows | None) -> None:
     """Let a mixer that has read the packed text score the rehearsal, as it will score any text.
 
-    Neither the mixer nor the net has seen that, so the mixer learns what the net is worth beside it
-    before a score begins. A net must know a text to make its rows, so this one has a code of its
-    own. Without the net it is read like the rest.
+    Neither the mixer nor the net has learned from the rehearsal. So the mixer learns what the net
+    is worth beside it before a score begins. A net must know a text to make its rows, so this one
+    has a code of its own. Without the net it is read like the rest.
     """
     if not artifact.packed.rehearsal:
         return

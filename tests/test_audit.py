@@ -419,7 +419,7 @@ def test_unpaid_text_is_caught(tmp_path, monkeypatch):
 
 
 def test_an_unpaid_rehearsal_is_caught(tmp_path, monkeypatch):
-    """The net knows another token that nobody paid for."""
+    """The mixer has learned another token, which nobody paid for."""
     ours = scoring_of(tmp_path, LOGISTIC)
     plant(monkeypatch, "cost_tokens", lambda f, rows, text, mixer: (mixer.begin(7), f(
         rows, text, mixer))[1])  # fmt: skip
@@ -582,7 +582,7 @@ def test_a_message_that_cannot_be_written_costs_no_score(tmp_path):
     assert same_score([result, load(tmp_path, LOGISTIC).score("sliding")[0]])
 
 
-@pytest.mark.parametrize("what", ["artifact", "text", "window", "machine", "workers"])
+@pytest.mark.parametrize("what", ["artifact", "text", "window", "batch", "machine", "workers"])
 def test_another_message_is_not_decoded(tmp_path, monkeypatch, what):
     ours, env, workers = write_message(tmp_path), LOGISTIC, t.Workers(1 + (what == "workers"))
     if what == "artifact":
@@ -593,12 +593,15 @@ def test_another_message_is_not_decoded(tmp_path, monkeypatch, what):
         write_shard(tmp_path / "text_val_000000.bin", made_up_text(300, seed=5).tokens)
     elif what == "window":
         env = {**LOGISTIC, "EVAL_SEQ_LEN": 20}
+    elif what == "batch":
+        env = {**LOGISTIC, "EVAL_BATCH_SEQS": 4}
     elif what == "machine":
         monkeypatch.setattr(t, "processor_name", lambda: "another")
     before = (tmp_path / "message.bin").read_bytes()
     with workers:
         result, line = load(tmp_path, env, workers).score("sliding")
-    of = {"window": "text, tokens, window, rehearsal", "workers": "machine"}.get(what, what)
+    of = {"window": "text, tokens, window, rehearsal", "workers": "machine",
+          "batch": "rehearsal"}.get(what, what)  # fmt: skip
     if what == "artifact":  # it is worth nothing any more
         assert line.startswith("16 tokens written")
     else:

@@ -655,6 +655,20 @@ def test_no_artifact_is_more_than_a_line(small_artifact, tmp_path):
     assert read  # some alterations change nothing that could be told
 
 
+@pytest.mark.parametrize("count, size", [(0, 8), (-1, 8), (t.REHEARSAL_MOST + 1, 8), ("7", 8),
+                                         (7, 9), (7, -9), (7, None)])  # fmt: skip
+def test_a_rehearsal_that_no_run_writes_is_refused(small_artifact, tmp_path, count, size):
+    _, model, code = small_artifact
+    length = int.from_bytes(model[:4], "little")
+    for changed in ((7, 8), (count, size)):
+        header = json.loads(model[4 : 4 + length])
+        header["packed"][0][0], header["packed"][0][2] = changed
+        text = json.dumps(header).encode()
+        other = len(text).to_bytes(4, "little") + text + model[4 + length :]
+        path = sealed(tmp_path / "artifact.bin", other, code)
+        assert read_or_refuse(lambda path=path: t.read_artifact(path)) == (changed == (7, 8))
+
+
 WRONG_TENSORS = {
     "codes of a vector": ([["a", [3], 8]], 9),
     "twice": ([["a", [1, 2], 0], ["a", [1, 2], 0]], 16),

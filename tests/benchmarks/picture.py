@@ -108,21 +108,23 @@ def draw_minutes(axes: plt.Axes, finals: list[dict]) -> None:
     axes.set_xticks(minutes, [f"{x:.0f}" for x in minutes])
     axes.minorticks_off()
     axes.margins(x=0.12, y=0.16)
-    axes.set(xlabel="minutes of training, two cores")
+    axes.set(xlabel="minutes of training")
     axes.legend(frameon=False, fontsize=8)
     axes.grid(axis="y", color=ROLE["faint"], lw=0.6)
-    bare(axes, "Bits per byte, whole dev text")
+    bare(axes, "The same text: bits per byte")
 
 
 def draw_bytes(axes: plt.Axes, finals: list[dict]) -> None:
     """What the artifact's bytes are, run by run."""
     names, starts = [f"{f['train_seconds'] / 60:.0f} min" for f in finals], [0.0] * len(finals)
-    parts = (("script", "code_bytes", "other"), ("net", "net_bytes", "net"),
-             ("text", "packed_bytes", "ours"))  # fmt: skip
-    for name, key, role in parts:
-        sizes = [f.get(key, f["model_bytes"] - f["packed_bytes"]) / 1e6 for f in finals]
-        axes.barh(names, sizes, left=starts, color=ROLE[role], height=0.6, label=name)
+    parts = {("script", "other"): [f["code_bytes"] for f in finals],
+             ("net", "net"): [f["model_bytes"] - f["packed_bytes"] for f in finals],
+             ("text", "ours"): [f["packed_bytes"] for f in finals]}  # fmt: skip
+    for (name, role), sizes in parts.items():
+        sizes = [size / 1e6 for size in sizes]
+        axes.barh(range(len(finals)), sizes, left=starts, color=ROLE[role], height=0.6, label=name)
         starts = [a + b for a, b in zip(starts, sizes, strict=True)]
+    axes.set_yticks(range(len(finals)), names)
     for place, total in enumerate(starts):
         axes.text(total + 0.2, place, f"{total:.2f} MB", va="center", fontsize=9)
     axes.axvline(16, color=ROLE["ink"], lw=1, ls=":")
