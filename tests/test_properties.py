@@ -530,7 +530,8 @@ def any_knobs(draw):
     values = {name: draw(values_of(fields[name])) for name in sorted(names)}
     kv, group, half = (draw(st.integers(1, most)) for most in (6, 4, 60))
     values |= {"num_kv_heads": kv, "num_heads": kv * group, "model_dim": 2 * kv * group * half}
-    values |= {"model_dim": min(values["model_dim"], 8192), "run_id": "x", "eval_only": "x"}
+    values |= {"model_dim": min(values["model_dim"], 8192)}
+    values |= {"run_id": "x", "eval_only": "x", "file": "x"}  # which some modes need
     assume(values["model_dim"] % (2 * kv * group) == 0 and values["model_dim"] >= 8)
     head = values["model_dim"] // (kv * group)
     values["rope_dims"] = 2 * draw(st.integers(0, head // 2))
