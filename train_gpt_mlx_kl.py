@@ -2631,8 +2631,8 @@ def parse_packed(facts: list, raw: bytes, vocab: int, code: bytes) -> PackedText
 
     facts: a row of the rehearsal, if there is one, and one of the text; raw: the trees, and more.
     """
-    *before, (count, digest, size, trees) = facts
-    if trees not in (1, 3) or len(before) > 1:
+    trees = facts[-1][3]
+    if trees not in (1, 3) or len(facts) > 2 or facts[0][3] != (trees if len(facts) == 1 else 1):
         raise ValueError(f"{trees} trees, {len(facts)} texts")
     leaves = np.frombuffer(raw, "<u2", trees * vocab).astype(np.int64).reshape(trees, vocab)
     if leaves.max() >> tree_levels(vocab) or any(len(np.unique(x)) < vocab for x in leaves):
@@ -2641,15 +2641,16 @@ def parse_packed(facts: list, raw: bytes, vocab: int, code: bytes) -> PackedText
         nodes = np.unique(leaf >> level)
         if not np.isin(nodes & ~1, nodes).all():
             raise ValueError("a node of a mixer's tree has a right side alone")
-    rehearsal = None
-    if before:
-        rehearsal = parse_packed([[*before[0][:3], 1]], raw, vocab, code[: before[0][2]])
-        code = code[before[0][2] :]
-        if not 0 < rehearsal.token_count <= REHEARSAL_MOST:
-            raise ValueError(f"a rehearsal of {rehearsal.token_count} tokens")
-    if not (type(count) is int and 0 <= count <= PACKED_TOKENS_MOST and size == len(code)):
-        raise ValueError(f"{count} packed tokens of {size} bytes, with {len(code)} there")
-    return PackedText(leaves, count, str(digest), code, rehearsal)
+    texts, bounds = [], ((1, REHEARSAL_MOST), (0, PACKED_TOKENS_MOST))
+    for (count, digest, size, own), (least, most) in zip(facts, bounds[-len(facts) :], strict=True):
+        if not (type(count) is type(size) is int and least <= count <= most
+                and 0 <= size <= len(code)):  # fmt: skip
+            raise ValueError(f"{count} packed tokens of {size} bytes, with {len(code)} there")
+        texts.append(PackedText(leaves[:own], count, str(digest), code[:size]))
+        code = code[size:]
+    if code:
+        raise ValueError(f"{len(code)} bytes behind the packed text")
+    return dataclasses.replace(texts[-1], rehearsal=texts[0] if len(texts) == 2 else None)
 
 
 def parse_artifact(path: Path, raw: bytes, code: bytes) -> Artifact:
@@ -5328,8 +5329,7 @@ def pack_rehearsal(tokenizer: Tokenizer, leaves: np.ndarray, text: np.ndarray) -
     if not len(text):
         return None
     mixer, coder = small_mixer(tokenizer, leaves[0], len(text)), Coder()
-    for at in range(0, len(text), PACK_CHUNK):
-        mixer.code(text[at : at + PACK_CHUNK], None, coder)
+    mixer.code(text, None, coder)
     return PackedText(leaves, len(text), mixer.text_sha256(), coder.finish())
 
 
@@ -5438,6 +5438,12 @@ def net_rows(
         out = log_softmax(np.concatenate([np.array(p) for p in parts]))
         for (_, first, end), logs in zip(together, out, strict=False):
             yield first, logs[: end - first]
+
+
+def standard_rows(cfg: Knobs, model: GPT, workers: Workers) -> NetRows:
+    """What makes the net's rows of any text, by windows that do not overlap."""
+    shape = *eval_shape(cfg), cfg.eval_batch_seqs
+    return functools.partial(net_rows, model, shape=shape, workers=workers)
 
 
 def ahead(parts: Parts) -> Parts:
@@ -5644,22 +5650,23 @@ class Scoring:
 
     def prime(self) -> ContextModel:
         """A context model that has read the artifact's text, and nothing else."""
-        tokens = len(self.text.tokens)
-        return prime_contexts(self.cfg, self.artifact, tokens, self.standard_rows)
+        net = standard_rows(self.cfg, self.model, self.workers)
+        return prime_contexts(self.cfg, self.artifact, len(self.text.tokens), net)
 
     def message_facts(self) -> dict[str, Any]:
         """What a message says of itself: nothing of it may differ where it is decoded."""
         count = min(MESSAGE_TOKENS, eval_shape(self.cfg)[0], len(self.text.tokens) - 1)
         first = self.text.tokens[: count + 1].astype("<i4").tobytes()
-        rehearsed = [eval_shape(self.cfg)[0], self.cfg.eval_batch_seqs]
-        return {
+        facts = {
             "artifact": file_sha256(self.path),
             "text": hashlib.sha256(first).hexdigest(),
             "tokens": count,
             "window": min(eval_shape(self.cfg)[0], len(self.text.tokens) - 1),
             "machine": [*numbers_made_by(self.cfg), self.workers.count],
-            **({"rehearsal": rehearsed} if self.artifact.packed.rehearsal else {}),
         }
+        if self.artifact.packed.rehearsal:
+            facts["rehearsal"] = [eval_shape(self.cfg)[0], self.cfg.eval_batch_seqs]
+        return facts
 
     def read_message(self) -> tuple[bytes | None, Event, str]:
         """(the message's code, or None if none can be decoded; its facts, or {}; why not)."""
@@ -5712,10 +5719,6 @@ class Scoring:
         """The net's rows in an EVAL_MODE."""
         shape = (*eval_shape(self.cfg, mode), self.cfg.eval_batch_seqs)
         return net_rows(self.model, known, shape, self.workers, cuts)
-
-    def standard_rows(self, text: np.ndarray) -> Parts:
-        """The net's rows of any text, by windows that do not overlap."""
-        return self.rows("standard", text)
 
     def message_costs(
         self, context_model: ContextModel, mode: str
@@ -6255,16 +6258,14 @@ class Use:
         """Who predicts a text of so many tokens; stride: see `NetReader`, first: see
         `prime_contexts`."""
         model, mixer = load_net(self.cfg, self.path, self.artifact), None
-        length = eval_shape(self.cfg)[0]
         try:
             if contexts:
                 with make_workers(self.cfg) as workers:
-                    shape = length, length, self.cfg.eval_batch_seqs
-                    rows = functools.partial(net_rows, model, shape=shape, workers=workers)
-                    rows = rows if net else None
+                    rows = standard_rows(self.cfg, model, workers) if net else None
                     mixer = prime_contexts(self.cfg, self.artifact, tokens, rows, first)
         except MemoryError:
             raise UserError(f"no memory for a text of {tokens:,} tokens") from None
+        length = eval_shape(self.cfg)[0]
         return Predictor(mixer, NetReader(model, length, stride) if net else None)
 
     def sample(self) -> None:
@@ -6791,7 +6792,7 @@ def write_first_message(cfg: Knobs, mixer: Mixer, report: Report, folder: Path) 
         end_live()
     with make_workers(cfg) as workers:  # as the scoring program makes them: rows must be equal
         scoring = Scoring.load(cfg, report.folder / "artifact.bin", folder, workers)
-        rehearse(mixer, scoring.artifact, scoring.standard_rows)
+        rehearse(mixer, scoring.artifact, standard_rows(cfg, scoring.model, workers))
         mixer.begin(int(scoring.text.tokens[0]))
         _, _, nats, coder = scoring.code_message(mixer, "standard", None)
         scoring.write_message(nats, coder)
@@ -6937,10 +6938,10 @@ def forward_sha256(cfg: Knobs) -> str:
     processes."""
     model = GPT(dataclasses.replace(cfg, use_ortho_init=False), DOCTOR_VOCAB, 1)
     mx.eval(model.parameters())  # here, as other threads take the rows
-    shape, digest = (*eval_shape(cfg), cfg.eval_batch_seqs), hashlib.sha256()
-    text = np.random.default_rng(0).integers(2, DOCTOR_VOCAB, shape[0] * (1 + shape[2]) + 1)
+    size, digest = eval_shape(cfg)[0] * (1 + cfg.eval_batch_seqs) + 1, hashlib.sha256()
+    text = np.random.default_rng(0).integers(2, DOCTOR_VOCAB, size)
     with make_workers(cfg) as workers:
-        for _, rows in net_rows(model, text, shape, workers):
+        for _, rows in standard_rows(cfg, model, workers)(text):
             digest.update(rows.tobytes())
     return digest.hexdigest()
 
