@@ -656,7 +656,7 @@ def test_no_artifact_is_more_than_a_line(small_artifact, tmp_path):
 
 
 @pytest.mark.parametrize("count, size", [(0, 8), (-1, 8), (t.REHEARSAL_MOST + 1, 8), ("7", 8),
-                                         (7, 9), (7, -9), (7, None)])  # fmt: skip
+                                         (7, 7), (7, 9), (7, 99), (7, -9), (7, None)])  # fmt: skip
 def test_a_rehearsal_that_no_run_writes_is_refused(small_artifact, tmp_path, count, size):
     _, model, code = small_artifact
     length = int.from_bytes(model[:4], "little")

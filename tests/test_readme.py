@@ -325,7 +325,12 @@ def test_the_picture_is_of_a_run_and_has_both_colours(tmp_path):
         assert "prefers-color-scheme:dark" in svg and not re.search("#0[1-6]0[1-6]0[1-6]", svg)
         assert "fill: var(--paper)" in svg and "var(--ink)" in svg
     assert ">1.500<" in ours and ">1.600<" in ours
-    sizes = {"val_sha256": "ab", "code_bytes": 10**6, "model_bytes": 5 * 10**6, "packed_bytes": 10}
+    sizes = {
+        "val_sha256": "ab",
+        "code_bytes": 10**6,
+        "model_bytes": 5 * 10**6,
+        "packed_bytes": 2 * 10**6,
+    }
     for minutes, bpb in ((1, 1.4), (9, 1.3)):
         record = {**final, **sizes, "val_bpb": bpb, "train_seconds": 60.0 * minutes}
         (tmp_path / str(minutes)).mkdir()
