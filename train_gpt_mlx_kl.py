@@ -3463,6 +3463,40 @@ class kernel:
 bare_kernel = functools.partial(kernel, makes_arrays=False)
 
 
+class Prefetch(kernel):
+    """A kernel that is one instruction, which numba has no name for: LLVM's `llvm.prefetch`."""
+
+    @functools.cached_property
+    def part(self) -> Any:
+        numba = load_numba()
+        from llvmlite import ir
+        from numba.core import cgutils
+        from numba.extending import intrinsic
+
+        def instruction(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            kind, (array, *place) = signature.args[0], arguments
+            array = context.make_array(kind)(context, builder, array)
+            address = cgutils.get_item_pointer(context, builder, kind, array, place)
+            address = builder.bitcast(address, cgutils.voidptr_t)
+            number = ir.IntType(32)
+            takes = ir.FunctionType(ir.VoidType(), [cgutils.voidptr_t, number, number, number])
+            hint = builder.module.declare_intrinsic("llvm.prefetch", [cgutils.voidptr_t], takes)
+            read, keep, data = (number(n) for n in (0, 3, 1))
+            builder.call(hint, [address, read, keep, data])
+            return context.get_dummy_value()
+
+        @intrinsic
+        def load(_: Any, array: Any, i: Any, j: Any) -> Any:
+            return numba.types.void(array, i, j), instruction
+
+        return numba.njit(_nrt=False, forceinline=True)(lambda array, i, j: load(array, i, j))
+
+
+@Prefetch
+def prefetch(array, i, j):
+    """Have the cache line of array[i, j] loaded, and do not wait for it."""
+
+
 def net_nats(tokens: Any, logs: Any) -> Any:
     """Cost -ln p of tokens (m,) by the net's log-probabilities (m, V): (m,) float64 nats."""
     return -logs[np.arange(len(tokens)), tokens].astype(np.float64)
@@ -3909,7 +3943,7 @@ MATCH_MAP, CANDIDATE_MAP, SLOT_MAP, MAP_CELLS = itertools.accumulate(
 FIRST_INPUT = np.cumsum([0, 1, 1] + [kind[1] // kind[0] for kind in KINDS for _ in range(kind[0])])
 LANES = 16  # inputs are padded to so many, for vector instructions
 WIDTH = -(-INPUTS // LANES) * LANES
-SETS = 9  # weight sets, see `choose_rows`
+SETS, LARGE_SETS = 9, (2, 3, 7, 8)  # weight sets, see `choose_rows`; those too large for a cache
 WORK = np.dtype([  # `now`: first what is known of a token, then of one of its decisions
     ("last", np.int64),  # token t-1
     ("second_last", np.int64),  # token t-2
@@ -3924,7 +3958,6 @@ WORK = np.dtype([  # `now`: first what is known of a token, then of one of its d
     ("candidate_hashes", np.uint64, CANDIDATES),
     ("found", np.int64, CANDIDATES),  # row of `candidates`
     ("unknown", np.int64, CANDIDATES),  # whether it is new
-    ("touched", np.int64),  # a sum that nobody reads
     ("node", np.int64),
     ("level", np.int64),  # of the node, 0 at the root
     ("cell_at", np.int64),  # of the node in its slot, 1 .. 7
@@ -4143,18 +4176,14 @@ def context_keys(fixed, past, rows, keys):
 
 @bare_kernel
 def touch_rows(table, rows, keys, node, hashes, at):
-    """Write the hash (n,) of each key (n,) and a node, and its first place (n,) in the table.
-
-    The rows are loaded all at once, which hides memory's latency; the sum that is returned keeps
-    the compiler from leaving the loads out. hashes may be keys: they are then replaced.
-    """
-    total = np.int64(0)
+    """Write the hash (n,) of each key (n,) and a node, and its first place (n,) in the table, whose
+    rows are loaded meanwhile. hashes may be keys: they are then replaced."""
     for a in range(len(rows)):
         h = hashes[a] = mix_hash(keys[a], node)
         place = rows[a, 5] + ((np.int64(h & np.uint64(0xFFFFFFFF)) * rows[a, 6]) >> 32)
         at[a] = place & ~(WAYS - 1)
-        total += np.int64(table[at[a], 0]) + np.int64(table[at[a] + WAYS // 2, 0])
-    return total
+        prefetch(table, at[a], 0)
+        prefetch(table, at[a] + WAYS // 2, 0)
 
 
 @bare_kernel
@@ -4252,7 +4281,10 @@ def first_slot_maps(slots: int) -> np.ndarray:
 @bare_kernel
 def slot_inputs(fixed, past, now):
     """Write three inputs per expert: the cell's logit, that of the map for cells with such a logit
-    and these last bits, and the cell's correction."""
+    and these last bits, and the cell's correction.
+
+    Cells and maps have a loop each: in a short one, more loads are under way at once.
+    """
     x, slot = now.inputs[0], now.slot[now.top]
     maps, map_at = past.maps[now.level], now.map_at[now.level]
     now.seen = 0
@@ -4260,10 +4292,14 @@ def slot_inputs(fixed, past, now):
         cell = np.int64(past.slots[slot[a], now.cell_at])
         e, j = FIRST_SLOT + a, SLOT_INPUT + 3 * a
         x[j] = np.float32((cell >> 20) - 2048) * np.float32(1 / 256)
-        x[j + 1], map_at[e] = np.float32(0), -1
         x[j + 2] = np.float32((cell & 511) - 256) * np.float32(1 / CORRECTION_STEPS)
-        if cell >> 16 & 15:
-            map_at[e] = SLOT_MAP + a * SLOT_MAP_CELLS + (cell >> 9 & 127) * 16 + (cell >> 28)
+        map_at[e] = SLOT_MAP + a * SLOT_MAP_CELLS + (cell >> 9 & 127) * 16 + (cell >> 28)
+        if cell >> 16 & 15 == 0:
+            map_at[e] = -1
+    for a in range(len(fixed.slot_rows)):
+        e, j = FIRST_SLOT + a, SLOT_INPUT + 3 * a
+        x[j + 1] = np.float32(0)
+        if map_at[e] >= 0:
             x[j + 1] = map_logit(fixed, maps[map_at[e]])
             now.seen += a < SMALL_SLOTS
 
@@ -4424,24 +4460,32 @@ def set_sizes(vocab: int, memory_mb: int) -> list[int]:
 
 
 @bare_kernel
-def choose_rows(fixed, past, now):
-    """Choose a row of each weight set for a decision."""
-    rows, slot, counts = now.set_rows[now.level], now.slot[now.top], 0
-    decision = fixed.decision[now.node]
-    for a in CHOOSERS:
-        counts = counts * 8 + (np.int64(past.slots[slot[a], now.cell_at]) >> 17 & 7)
+def choose_rows(fixed, past, now, level, node):
+    """Choose a row of each weight set for a decision, as far as it is known before the slots are:
+    see `choose_by_counts`."""
+    rows, decision = now.set_rows[level], fixed.decision[node]
+    marks, words = past.marks[0], past.weights.shape[1] - fixed.first_row[SETS - 1]
     rows[0] = decision
     rows[1] = now.second_last
-    rows[2] = now.last * 8 + min(now.level, 7)
+    rows[2] = now.last * 8 + min(level, 7)
     rows[3] = now.age * len(fixed.leaf) + decision
-    rows[4] = now.level * (SMALL_SLOTS + 1) + now.seen
-    rows[5] = counts
-    marks, words = past.marks[0], past.weights.shape[1] - fixed.first_row[SETS - 1]
-    rows[6] = min(marks.letters, 15) * fixed.levels + now.level
+    rows[4] = level * (SMALL_SLOTS + 1)
+    rows[5] = 0
+    rows[6] = min(marks.letters, 15) * fixed.levels + level
     rows[7] = (fixed.leaf[now.last] >> fixed.below_class) * len(fixed.leaf) + decision
-    rows[8] = np.int64(mix_hash(marks.words[0], now.level) >> np.uint64(24)) % words
+    rows[8] = np.int64(mix_hash(marks.words[0], level) >> np.uint64(24)) % words
     for k in range(SETS):
         rows[k] += fixed.first_row[k]
+
+
+@bare_kernel
+def choose_by_counts(past, now):
+    """Choose the rows of the two weight sets that go by the counts of the slots' cells."""
+    rows, slot, counts = now.set_rows[now.level], now.slot[now.top], 0
+    for a in CHOOSERS:
+        counts = counts * 8 + (np.int64(past.slots[slot[a], now.cell_at]) >> 17 & 7)
+    rows[4] += now.seen
+    rows[5] += counts
 
 
 @bare_kernel
@@ -4503,11 +4547,11 @@ def first_apm_row() -> np.ndarray:
 
 
 @bare_kernel
-def choose_apm_rows(fixed, past, now):
+def choose_apm_rows(fixed, past, now, level, node):
     """Choose the APMs' rows for a decision: the node's, and its hash with token t-1."""
-    rows, vocab = now.apm_rows[now.level], len(fixed.leaf)
-    h = mix_hash(np.uint64(now.last) << np.uint64(20), now.node) >> np.uint64(40)
-    rows[0] = fixed.decision[now.node]
+    rows, vocab = now.apm_rows[level], len(fixed.leaf)
+    h = mix_hash(np.uint64(now.last) << np.uint64(20), node) >> np.uint64(40)
+    rows[0] = fixed.decision[node]
     rows[1] = vocab + np.int64(h) % (past.apm.shape[1] - vocab)
 
 
@@ -4726,13 +4770,42 @@ AnyCoder = Coder | Stack
 
 
 @bare_kernel
+def look_ahead(fixed, past, now, level, node):
+    """Choose the rows of weights and APMs for a decision to come, and have them loaded.
+
+    Memory is slower than all that is done with what comes from it, so it gets the time that
+    learning from the decision before takes.
+    """
+    choose_rows(fixed, past, now, level, node)
+    choose_apm_rows(fixed, past, now, level, node)
+    for judge in range(now.judges):
+        weights, visits, apm = past.weights[judge], past.visits, past.apm[judge]
+        for k in LARGE_SETS:
+            row = now.set_rows[level, k]
+            prefetch(visits, judge, row)
+            for j in range(0, weights.shape[1], LANES):
+                prefetch(weights, row, j)
+        for j in range(0, apm.shape[1], LANES):
+            prefetch(apm, now.apm_rows[level, 1], j)
+
+
+@bare_kernel
+def enter_node(fixed, past, now, level, node):
+    """Have all that a decision to come needs loaded."""
+    look_ahead(fixed, past, now, level, node)
+    if level % SLOT_LEVELS == 0 and fixed.inside[node] > 1:
+        touch_rows(past.slots, fixed.slot_rows, now.slot_keys, node, now.slot_hashes,
+                   now.slot[level])  # fmt: skip
+
+
+@bare_kernel
 def begin_token(fixed, past, now):
     """Note what is known before the token's first decision."""
     marks = past.marks[0]
     context_keys(fixed, past, fixed.slot_rows, now.slot_keys)
     context_keys(fixed, past, fixed.candidate_rows, now.candidate_hashes)
-    now.touched += touch_rows(past.candidates, fixed.candidate_rows, now.candidate_hashes, 0,
-                              now.candidate_hashes, now.found)  # fmt: skip
+    touch_rows(past.candidates, fixed.candidate_rows, now.candidate_hashes, 0,
+               now.candidate_hashes, now.found)  # fmt: skip
     now.last, now.second_last = recent_token(fixed, past, 1), recent_token(fixed, past, 2)
     now.age, length = 0, marks.tokens - marks.document
     while length >> 2 * now.age > 3 and now.age < 7:
@@ -4757,8 +4830,7 @@ def predict_bit(fixed, past, now, mass):
     slot_inputs(fixed, past, now)
     candidate_inputs(fixed, past, now)
     match_input(fixed, past, now)
-    choose_rows(fixed, past, now)
-    choose_apm_rows(fixed, past, now)
+    choose_by_counts(past, now)
     judge_bit(fixed, past, now, 0)
     now.p[2] = now.p[0]
     if now.judges == 2:
@@ -4830,7 +4902,6 @@ def code_path(fixed, past, now, mass, coder, leaf):
         now.level = level
         if level % SLOT_LEVELS == 0 and fixed.inside[now.node] > 1:
             slots, rows, slot = past.slots, fixed.slot_rows, now.slot[level]
-            now.touched += touch_rows(slots, rows, now.slot_keys, now.node, now.slot_hashes, slot)
             if level == 0:
                 find_rows(past.candidates, fixed.candidate_rows, now.candidate_hashes, now.found,
                           now.unknown, True, 0xFFFF, 0, past.marks[0].tokens)  # fmt: skip
@@ -4838,13 +4909,18 @@ def code_path(fixed, past, now, mass, coder, leaf):
                       UNSEEN, past.marks[0].tokens)  # fmt: skip
             now.cell_at, now.top = 1, level
         bit = now.path[level] = 0
-        if fixed.inside[2 * now.node + 1]:  # else no token is there: nothing to decide
+        decides = fixed.inside[2 * now.node + 1] > 0  # else no token is there
+        if decides:
             predict_bit(fixed, past, now, mass)
             bit = leaf >> (fixed.levels - level - 1) & 1
             bit = code_bit(coder, now.p[2], bit)
             now.path[level] = now.p[2] if bit else -now.p[2]
+        now.node = 2 * now.node + bit
+        if level + 1 < fixed.levels:
+            enter_node(fixed, past, now, level + 1, now.node)
+        if decides:
             learn_bit(fixed, past, now, bit)
-        now.node, now.cell_at = 2 * now.node + bit, 2 * now.cell_at + bit
+        now.cell_at = 2 * now.cell_at + bit
     return now.node - len(fixed.token)
 
 
@@ -4860,6 +4936,7 @@ def code_tokens(mixer, coder, tokens, rows, nats):
     judges = now.judges = 2 if len(rows) else 1
     for i in range(len(tokens)):
         begin_token(fixed, past, now)
+        enter_node(fixed, past, now, 0, now.node)
         if judges == 2:
             net_masses(fixed, mass, rows[i])
         leaf = code_path(fixed, past, now, mass, coder, fixed.leaf[tokens[i]])
@@ -5981,8 +6058,7 @@ def walk_tree(mixer, still, row, logs, fresh):
                 for a in range(SLOTS):
                     fresh[top, a] = fresh[top >> SLOT_LEVELS, a]
                 now.top, rows, slot = level, fixed.slot_rows, now.slot[level]
-                now.touched += touch_rows(past.slots, rows, now.slot_keys, top, now.slot_hashes,
-                                          slot)  # fmt: skip
+                touch_rows(past.slots, rows, now.slot_keys, top, now.slot_hashes, slot)
                 copy_rows(past.slots, rows, now.slot_hashes, slot, fresh[top], level == 0, UNSEEN,
                           there.slots)  # fmt: skip
             for cell_at in range(1, 1 << min(SLOT_LEVELS, fixed.levels - level)):
@@ -5991,6 +6067,7 @@ def walk_tree(mixer, still, row, logs, fresh):
                 now.node = node = (top << down) + cell_at - (1 << down)
                 logs[2 * node], logs[2 * node + 1] = logs[node], -np.inf
                 if fixed.inside[2 * node + 1]:
+                    look_ahead(fixed, there, now, now.level, node)
                     predict_bit(fixed, there, now, mass)
                     p = now.p[2] / 65536
                     logs[2 * node] += math.log(1 - p)

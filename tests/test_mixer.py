@@ -7,6 +7,7 @@ import functools
 import hashlib
 import itertools
 import math
+import re
 import threading
 from fractions import Fraction
 from types import SimpleNamespace
@@ -339,8 +340,8 @@ def blank(vocab):
 def apm_rows(vocab, apm, last, node):
     """The script's choice of the refining maps' rows."""
     m = blank(vocab)
-    m.now["last"], m.now["node"], m.now["level"] = last, node, 0
-    t.choose_apm_rows.part(m.fixed, m.state._replace(apm=apm), m.now[0])
+    m.now["last"] = last
+    t.choose_apm_rows.part(m.fixed, m.state._replace(apm=apm), m.now[0], 0, node)
     return m.now["apm_rows"][0, 0].tolist()
 
 
@@ -351,8 +352,7 @@ def word_row(vocab, word, level):
     m.state.marks["words"], m.state.marks["letters"] = 0, 0
     for letter in word:
         t.learn_letter.part(m.state.marks[0], letter)
-    m.now["level"] = level
-    t.choose_rows.part(m.fixed, m.state, m.now[0])
+    t.choose_rows.part(m.fixed, m.state, m.now[0], level, 1)
     return int(m.now["set_rows"][0, level, 8] - m.fixed.first_row[8])
 
 
@@ -1107,3 +1107,18 @@ def test_what_goes_wrong_in_the_thread_is_raised(clock):
         with wrong:
             packer.start(0.0)
     assert packer.workers.reserved == 0
+
+
+def test_prefetch_is_one_instruction_that_reads_nothing():
+    """And not a load, for which the next instructions would wait."""
+    prefetch = t.prefetch
+
+    @t.load_numba().njit("void(uint32[:, ::1], int64)", _nrt=False)
+    def ahead(table, i):
+        prefetch(table, i, 2)
+
+    (code,) = ahead.inspect_asm().values()
+    assert re.search(r"prefetcht0\s+8\(", code) or re.search(r"prfm\s+pldl1keep", code), code
+    table = np.arange(12, dtype=np.uint32).reshape(3, 4)
+    ahead(table, 1 << 40)  # far outside
+    assert table.reshape(-1).tolist() == list(range(12))
