@@ -2342,7 +2342,7 @@ def apply_gradients(
 # ==================================================================================================
 
 CLIP_RATIOS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65)
-MAGIC, FORMAT_VERSION = b"MLXGOLF1", 13
+MAGIC, FORMAT_VERSION = b"MLXGOLF1", 14
 # Magic, version, SHA-256 of the version and the rest, bytes of the compressed model.
 PREFIX = struct.Struct("<8sH32sQ")
 LZMA_MAGIC = b"\xfd7zXZ\0"  # no brotli stream of ours begins so
@@ -3779,7 +3779,7 @@ class BackoffMixer(ContextModel):
 # The match expert finds where the last tokens occurred before, and expects what followed there.
 # THE MAPS. What an expert says need not be true. A MAP has a cell for everything that an expert can
 # say (22 bits of probability, 10 of count), which learns how often a 1 followed when it was said.
-# THE MIX. The inputs are logits, ln(p / (1 - p)). Their weights are the sum of nine rows, one of
+# THE MIX. The inputs are logits, ln(p / (1 - p)). Their weights are the sum of ten rows, one of
 # each WEIGHT SET; a set chooses its row by what is known, e.g. by the node, or by the last token.
 # The mixed logit is refined by two APMs, maps of it. Two JUDGES do this side by side, each with
 # weights and maps of its own. Judge 0 hears the contexts alone; judge 1 hears the net as well, and
@@ -3794,10 +3794,10 @@ class BackoffMixer(ContextModel):
 #  1. The expert's inputs are 2.0, from the map's cell for the bits 1 1 1, say, 1.6, and 0.5.
 #     The net's input is the logit of its mass below node 11 over its mass below node 5, times 4;
 #     the other that only judge 1 hears is the mixed logit of judge 0, times 3.
-#  2. Nine rows of weights, added and multiplied by the inputs, give the mixed logit 1.2: p = 0.77.
+#  2. Ten rows of weights, added and multiplied by the inputs, give the mixed logit 1.2: p = 0.77.
 #     The two refining maps say 0.80 for such a logit, so p = 0.34 x 0.77 + 0.66 x 0.80 = 0.79.
 #  3. The bit is 1. The coder keeps the lower 0.79 of its interval; that costs 0.34 bits.
-#  4. Learning: the nine rows move along the inputs by a rate times the error 1 - 0.77. The cells of
+#  4. Learning: the ten rows move along the inputs by a rate times the error 1 - 0.77. The cells of
 #     all maps that were asked move towards 1 by 1 / (count + 1.5) of the way. So does the slot's
 #     cell, from p = 0.88 to 0.91: its logit is then 2.28, its count 4, its bits 1 1 1 1, and its
 #     correction 0.63: 0.5 and (2 / (3 + 1.5) + 0.1) of the error. The node is now 11.
@@ -3943,7 +3943,7 @@ MATCH_MAP, CANDIDATE_MAP, SLOT_MAP, MAP_CELLS = itertools.accumulate(
 FIRST_INPUT = np.cumsum([0, 1, 1] + [kind[1] // kind[0] for kind in KINDS for _ in range(kind[0])])
 LANES = 16  # inputs are padded to so many, for vector instructions
 WIDTH = -(-INPUTS // LANES) * LANES
-SETS, LARGE_SETS = 9, (2, 3, 7, 8)  # weight sets, see `choose_rows`; those too large for a cache
+SETS, LARGE_SETS = 10, (2, 3, 7, 9)  # weight sets, see `choose_rows`; those too large for a cache
 WORK = np.dtype([  # `now`: first what is known of a token, then of one of its decisions
     ("last", np.int64),  # token t-1
     ("second_last", np.int64),  # token t-2
@@ -4456,7 +4456,7 @@ def set_sizes(vocab: int, memory_mb: int) -> list[int]:
     """Rows of each weight set, in the order of `choose_rows`; of words some share a row."""
     levels, classes = tree_levels(vocab), vocab << chooser_levels(vocab, memory_mb)
     seen, counts, words = levels * (SMALL_SLOTS + 1), 8 ** len(CHOOSERS), min(64, memory_mb) << 11
-    return [vocab, vocab, 8 * vocab, 8 * vocab, seen, counts, 16 * levels, classes, words]
+    return [vocab, vocab, 8 * vocab, 8 * vocab, seen, counts, 16 * levels, classes, 1, words]
 
 
 @bare_kernel
@@ -4473,7 +4473,8 @@ def choose_rows(fixed, past, now, level, node):
     rows[5] = 0
     rows[6] = min(marks.letters, 15) * fixed.levels + level
     rows[7] = (fixed.leaf[now.last] >> fixed.below_class) * len(fixed.leaf) + decision
-    rows[8] = np.int64(mix_hash(marks.words[0], level) >> np.uint64(24)) % words
+    rows[8] = 0  # one for all decisions: what they share is learned once, and soon
+    rows[9] = np.int64(mix_hash(marks.words[0], level) >> np.uint64(24)) % words
     for k in range(SETS):
         rows[k] += fixed.first_row[k]
 

@@ -347,13 +347,13 @@ def apm_rows(vocab, apm, last, node):
 
 @functools.cache
 def word_row(vocab, word, level):
-    """The script's choice of the ninth set's row."""
+    """The script's choice of the last set's row."""
     m = blank(vocab)
     m.state.marks["words"], m.state.marks["letters"] = 0, 0
     for letter in word:
         t.learn_letter.part(m.state.marks[0], letter)
     t.choose_rows.part(m.fixed, m.state, m.now[0], level, 1)
-    return int(m.now["set_rows"][0, level, 8] - m.fixed.first_row[8])
+    return int(m.now["set_rows"][0, level, -1] - m.fixed.first_row[-1])
 
 
 class Slow:
@@ -456,9 +456,9 @@ class Slow:
         rows.append(sum(count // 2 * 8**k for k, (_, count, *_) in enumerate(old[3:0:-1])))
         rows.append(min(len(self.words[0]), 15) * self.levels + level)
         rows.append((self.leaf[self.back(1)] >> self.below_class) * vocab + number)
-        rows.append(word_row(vocab, self.words[0], level))  # any hash is good
+        rows += [0, word_row(vocab, self.words[0], level)]  # any hash is good
         sizes = [vocab, vocab, 8 * vocab, 8 * vocab, self.levels * (self.small + 1), 512,
-                 16 * self.levels, vocab << self.levels - self.below_class, 1 << 17]  # fmt: skip
+                 16 * self.levels, vocab << self.levels - self.below_class, 1, 1 << 17]  # fmt: skip
         for k, size in enumerate(sizes):
             assert 0 <= rows[k] < size
             rows[k], first = rows[k] + first, first + size
