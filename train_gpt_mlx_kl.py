@@ -3480,16 +3480,16 @@ class Prefetch(kernel):
             address = builder.bitcast(address, cgutils.voidptr_t)
             number = ir.IntType(32)
             takes = ir.FunctionType(ir.VoidType(), [cgutils.voidptr_t, number, number, number])
-            hint = builder.module.declare_intrinsic("llvm.prefetch", [cgutils.voidptr_t], takes)
+            llvm = builder.module.declare_intrinsic("llvm.prefetch", [cgutils.voidptr_t], takes)
             read, keep, data = (number(n) for n in (0, 3, 1))
-            builder.call(hint, [address, read, keep, data])
+            builder.call(llvm, [address, read, keep, data])
             return context.get_dummy_value()
 
         @intrinsic
-        def load(_: Any, array: Any, i: Any, j: Any) -> Any:
+        def hint(_: Any, array: Any, i: Any, j: Any) -> Any:
             return numba.types.void(array, i, j), instruction
 
-        return numba.njit(_nrt=False, forceinline=True)(lambda array, i, j: load(array, i, j))
+        return numba.njit(_nrt=False, forceinline=True)(lambda array, i, j: hint(array, i, j))
 
 
 @Prefetch
@@ -3866,7 +3866,8 @@ MARKS = np.dtype([
 # row of KINDS and three names below it, and a box further down with its maps at first, inputs and
 # learning; these are called in `new_past` (in the order of KINDS), `predict_bit`, and `learn_bit`
 # or, once per token, `code_tokens`. Its tables are fields of Past, what it knows of one token
-# fields of WORK. Either way older artifacts decode to something else: FORMAT_VERSION goes up.
+# fields of WORK; `prepare` has rows of large tables loaded in time. Either way older artifacts
+# decode to something else: FORMAT_VERSION goes up.
 
 
 class Context(NamedTuple):
@@ -3942,8 +3943,9 @@ MATCH_MAP, CANDIDATE_MAP, SLOT_MAP, MAP_CELLS = itertools.accumulate(
 # The first input of the net, the mix and each expert, and where the last one's inputs end.
 FIRST_INPUT = np.cumsum([0, 1, 1] + [kind[1] // kind[0] for kind in KINDS for _ in range(kind[0])])
 LANES = 16  # inputs are padded to so many, for vector instructions
+LINE = 16  # numbers of 4 bytes in a cache line
 WIDTH = -(-INPUTS // LANES) * LANES
-SETS, LARGE_SETS = 10, (2, 3, 7, 9)  # weight sets, see `choose_rows`; those too large for a cache
+SETS = 10  # weight sets, see `choose_rows`
 WORK = np.dtype([  # `now`: first what is known of a token, then of one of its decisions
     ("last", np.int64),  # token t-1
     ("second_last", np.int64),  # token t-2
@@ -3964,7 +3966,8 @@ WORK = np.dtype([  # `now`: first what is known of a token, then of one of its d
     ("top", np.int64),  # level where the slot begins
     ("seen", np.int64),  # small slot experts whose cell has a count
     ("inputs", np.float32, (2, WIDTH)),  # logits, some times a gain, per judge
-    # By level, so that the last token can be undone: see `restore`.
+    # By level: the next decision's are chosen before this one is learned from, and the last token
+    # can be undone, see `restore`.
     ("map_at", np.int64, (LEVELS_MOST, EXPERTS)),  # the expert's cell in the maps, -1 if silent
     ("set_rows", np.int64, (LEVELS_MOST, SETS)),  # the row of `weights` of each weight set
     ("apm_rows", np.int64, (LEVELS_MOST, 2)),  # the rows of `apm` that refine the mixed logit
@@ -4176,8 +4179,8 @@ def context_keys(fixed, past, rows, keys):
 
 @bare_kernel
 def touch_rows(table, rows, keys, node, hashes, at):
-    """Write the hash (n,) of each key (n,) and a node, and its first place (n,) in the table, whose
-    rows are loaded meanwhile. hashes may be keys: they are then replaced."""
+    """Write the hash (n,) of each key (n,) and a node, and the first place (n,) in the table where
+    it may be; have the rows there loaded. hashes may be keys: they are then replaced."""
     for a in range(len(rows)):
         h = hashes[a] = mix_hash(keys[a], node)
         place = rows[a, 5] + ((np.int64(h & np.uint64(0xFFFFFFFF)) * rows[a, 6]) >> 32)
@@ -4294,7 +4297,7 @@ def slot_inputs(fixed, past, now):
         x[j] = np.float32((cell >> 20) - 2048) * np.float32(1 / 256)
         x[j + 2] = np.float32((cell & 511) - 256) * np.float32(1 / CORRECTION_STEPS)
         map_at[e] = SLOT_MAP + a * SLOT_MAP_CELLS + (cell >> 9 & 127) * 16 + (cell >> 28)
-        if cell >> 16 & 15 == 0:
+        if not cell >> 16 & 15:
             map_at[e] = -1
     for a in range(len(fixed.slot_rows)):
         e, j = FIRST_SLOT + a, SLOT_INPUT + 3 * a
@@ -4461,15 +4464,14 @@ def set_sizes(vocab: int, memory_mb: int) -> list[int]:
 
 @bare_kernel
 def choose_rows(fixed, past, now, level, node):
-    """Choose a row of each weight set for a decision, as far as it is known before the slots are:
-    see `choose_by_counts`."""
+    """Choose a row of each weight set for a decision, before its slots are known."""
     rows, decision = now.set_rows[level], fixed.decision[node]
     marks, words = past.marks[0], past.weights.shape[1] - fixed.first_row[SETS - 1]
     rows[0] = decision
     rows[1] = now.second_last
     rows[2] = now.last * 8 + min(level, 7)
     rows[3] = now.age * len(fixed.leaf) + decision
-    rows[4] = level * (SMALL_SLOTS + 1)
+    rows[4] = level * (SMALL_SLOTS + 1)  # and, like the next, some more: see `choose_by_counts`
     rows[5] = 0
     rows[6] = min(marks.letters, 15) * fixed.levels + level
     rows[7] = (fixed.leaf[now.last] >> fixed.below_class) * len(fixed.leaf) + decision
@@ -4481,7 +4483,7 @@ def choose_rows(fixed, past, now, level, node):
 
 @bare_kernel
 def choose_by_counts(past, now):
-    """Choose the rows of the two weight sets that go by the counts of the slots' cells."""
+    """Go on, once, to the rows of the two sets that the counts of the slots' cells choose."""
     rows, slot, counts = now.set_rows[now.level], now.slot[now.top], 0
     for a in CHOOSERS:
         counts = counts * 8 + (np.int64(past.slots[slot[a], now.cell_at]) >> 17 & 7)
@@ -4771,32 +4773,29 @@ AnyCoder = Coder | Stack
 
 
 @bare_kernel
-def look_ahead(fixed, past, now, level, node):
-    """Choose the rows of weights and APMs for a decision to come, and have them loaded.
+def prepare(fixed, past, now, level, node):
+    """For a decision to come, choose its rows of weights and APMs and, where slots begin, the
+    places where they may be, and have all of them loaded.
 
-    Memory is slower than all that is done with what comes from it, so it gets the time that
-    learning from the decision before takes.
+    Memory is slower than what is done with it, so it gets the time in which the decision before is
+    learned from.
     """
-    choose_rows(fixed, past, now, level, node)
-    choose_apm_rows(fixed, past, now, level, node)
-    for judge in range(now.judges):
-        weights, visits, apm = past.weights[judge], past.visits, past.apm[judge]
-        for k in LARGE_SETS:
-            row = now.set_rows[level, k]
-            prefetch(visits, judge, row)
-            for j in range(0, weights.shape[1], LANES):
-                prefetch(weights, row, j)
-        for j in range(0, apm.shape[1], LANES):
-            prefetch(apm, now.apm_rows[level, 1], j)
-
-
-@bare_kernel
-def enter_node(fixed, past, now, level, node):
-    """Have all that a decision to come needs loaded."""
-    look_ahead(fixed, past, now, level, node)
     if level % SLOT_LEVELS == 0 and fixed.inside[node] > 1:
         touch_rows(past.slots, fixed.slot_rows, now.slot_keys, node, now.slot_hashes,
                    now.slot[level])  # fmt: skip
+    if fixed.inside[2 * node + 1] == 0:
+        return
+    choose_rows(fixed, past, now, level, node)
+    choose_apm_rows(fixed, past, now, level, node)
+    for judge in range(now.judges):
+        weights, apm = past.weights[judge], past.apm[judge]
+        for k in range(SETS):
+            row = now.set_rows[level, k]
+            prefetch(past.visits, judge, row)
+            for j in range(0, weights.shape[1], LINE):
+                prefetch(weights, row, j)
+        for j in range(0, apm.shape[1], LINE):
+            prefetch(apm, now.apm_rows[level, 1], j)
 
 
 @bare_kernel
@@ -4898,7 +4897,10 @@ def learn_bit(fixed, past, now, bit):
 
 @bare_kernel
 def code_path(fixed, past, now, mass, coder, leaf):
-    """Score or encode the path to a leaf, or decode one; returns the leaf."""
+    """Score or encode the path to a leaf, or decode one; returns the leaf.
+
+    Its first decision is prepared already.
+    """
     for level in range(fixed.levels):
         now.level = level
         if level % SLOT_LEVELS == 0 and fixed.inside[now.node] > 1:
@@ -4916,12 +4918,12 @@ def code_path(fixed, past, now, mass, coder, leaf):
             bit = leaf >> (fixed.levels - level - 1) & 1
             bit = code_bit(coder, now.p[2], bit)
             now.path[level] = now.p[2] if bit else -now.p[2]
-        now.node = 2 * now.node + bit
+        node = 2 * now.node + bit
         if level + 1 < fixed.levels:
-            enter_node(fixed, past, now, level + 1, now.node)
+            prepare(fixed, past, now, level + 1, node)
         if decides:
             learn_bit(fixed, past, now, bit)
-        now.cell_at = 2 * now.cell_at + bit
+        now.node, now.cell_at = node, 2 * now.cell_at + bit
     return now.node - len(fixed.token)
 
 
@@ -4937,7 +4939,7 @@ def code_tokens(mixer, coder, tokens, rows, nats):
     judges = now.judges = 2 if len(rows) else 1
     for i in range(len(tokens)):
         begin_token(fixed, past, now)
-        enter_node(fixed, past, now, 0, now.node)
+        prepare(fixed, past, now, 0, now.node)
         if judges == 2:
             net_masses(fixed, mass, rows[i])
         leaf = code_path(fixed, past, now, mass, coder, fixed.leaf[tokens[i]])
@@ -4987,6 +4989,8 @@ def new_past(vocab: int, experts: int, capacity: int, memory_mb: int) -> Past:
     levels, rows = tree_levels(vocab), sum(set_sizes(vocab, memory_mb))
     width = -(-(SLOT_INPUT + 3 * experts) // LANES) * LANES
     hashed = min(1 << 18, memory_mb << 10)
+    weights = huge_zeros(2 * rows * width, np.float32).reshape(2, rows, width)  # rows fill lines
+    weights[:] = FIRST_WEIGHTS / SETS / 3 / experts
     repeats = min(1 << 24, 1 << max(memory_mb << 13, 64).bit_length())
     marks = np.zeros(1, MARKS)
     marks["pieces"] = 1 << 50
@@ -4994,8 +4998,7 @@ def new_past(vocab: int, experts: int, capacity: int, memory_mb: int) -> Past:
         slots=huge_zeros(8 * (slots + SLOTS), np.uint32).reshape(-1, 8),  # see `find_rows`
         candidates=huge_zeros(8 * found, np.uint32).reshape(-1, 8),
         maps=np.tile(maps, (levels, 1)),
-        weights=np.full((2, rows, width), FIRST_WEIGHTS / SETS / 3 / experts, np.float32),
-        visits=np.zeros((2, rows), np.float32),
+        weights=weights, visits=np.zeros((2, rows), np.float32),
         apm=np.tile(first_apm_row(), (2, vocab + hashed, 1)),
         repeats=np.zeros(repeats, np.int32), history=np.zeros(capacity, np.int32), marks=marks,
     )  # fmt: skip
@@ -6068,7 +6071,8 @@ def walk_tree(mixer, still, row, logs, fresh):
                 now.node = node = (top << down) + cell_at - (1 << down)
                 logs[2 * node], logs[2 * node + 1] = logs[node], -np.inf
                 if fixed.inside[2 * node + 1]:
-                    look_ahead(fixed, there, now, now.level, node)
+                    choose_rows(fixed, there, now, now.level, node)
+                    choose_apm_rows(fixed, there, now, now.level, node)
                     predict_bit(fixed, there, now, mass)
                     p = now.p[2] / 65536
                     logs[2 * node] += math.log(1 - p)

@@ -240,8 +240,8 @@ def test_the_golden_code():
 
 GOLDEN = {
     "text": "0728adbbd3e94a61a951496f95856feee6929b769b0c920dec9a38d8069c9122",
-    "code": "4d33d16544a6bbff78da70739ab3cbed3bacf376c32203c578173c39c3445747",
-    "weights": "6af365d9bf2df6528eed478f105dbe80cdfc6839c1893e79a94a509ab8e42df0",
+    "code": "2b57e0d63938f465f7e73fe6a3ef17aa2dc9dacad37e848f0099df7b5e0841a2",
+    "weights": "00b5f98e127722a22ec3a0e153f472df628617685c38798e7d1c4a3fc9728bc7",
 }
 
 
@@ -1109,7 +1109,7 @@ def test_what_goes_wrong_in_the_thread_is_raised(clock):
     assert packer.workers.reserved == 0
 
 
-def test_prefetch_is_one_instruction_that_reads_nothing():
+def test_prefetch_is_an_instruction_that_reads_nothing():
     """And not a load, for which the next instructions would wait."""
     prefetch = t.prefetch
 
@@ -1122,3 +1122,36 @@ def test_prefetch_is_one_instruction_that_reads_nothing():
     table = np.arange(12, dtype=np.uint32).reshape(3, 4)
     ahead(table, 1 << 40)  # far outside
     assert table.reshape(-1).tolist() == list(range(12))
+
+
+def test_all_rows_that_a_decision_reads_are_asked_for(monkeypatch):
+    """`prepare` as plain Python: the cache lines that it names are those of the rows."""
+    text, m = some_text(600), mixer(capacity=600)
+    m.code(text)
+    level, lines = t.SLOT_LEVELS, set()
+    nodes = range(1 << level, 2 << level)
+    node = next(n for n in nodes if m.fixed.inside[2 * n] and m.fixed.inside[2 * n + 1])
+
+    def address(array, *at):
+        return array.ctypes.data + sum(i * step for i, step in zip(at, array.strides, strict=True))
+
+    def chosen(choose):
+        return lambda fixed, past, _, *where: choose.part(fixed, past, m.now[0], *where)
+
+    for name in ("choose_rows", "choose_apm_rows"):
+        monkeypatch.setattr(t, name, chosen(getattr(t, name)))
+    monkeypatch.setattr(t, "touch_rows", t.touch_rows.function)
+    monkeypatch.setattr(t, "prefetch", lambda *at: lines.add(address(*at) // 64))
+    m.now["judges"] = 2
+    t.prepare.function(m.fixed, m.state, m.now.view(np.recarray)[0], level, node)
+    now = m.now[0]
+    read = [m.state.slots[at : at + t.WAYS] for at in now["slot"][level]]
+    for judge in range(2):
+        read.append(m.state.apm[judge, now["apm_rows"][level, 1]])
+        for row in now["set_rows"][level]:
+            read += [m.state.weights[judge, row], m.state.visits[judge, row : row + 1]]
+    expected = set()
+    for rows in read:
+        first = rows.ctypes.data
+        expected |= set(range(first // 64, (first + rows.nbytes - 1) // 64 + 1))
+    assert lines == expected
