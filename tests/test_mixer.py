@@ -1109,6 +1109,10 @@ def test_what_goes_wrong_in_the_thread_is_raised(clock):
     assert packer.workers.reserved == 0
 
 
+# --------------------------------------------------------------------------------------------------
+# Memory ahead
+
+
 def test_prefetch_is_an_instruction_that_reads_nothing():
     """And not a load, for which the next instructions would wait."""
     prefetch = t.prefetch
