@@ -3445,8 +3445,11 @@ class kernel:
 
     @functools.cached_property
     def part(self) -> Any:
-        """The function as other kernels call it: it becomes a part of their machine code."""
-        return self.compile(forceinline=True)
+        """The function as other kernels call it: it becomes a part of their machine code.
+
+        Python must not call it: without what that would need, all is compiled in half the time.
+        """
+        return self.compile(forceinline=True, no_cpython_wrapper=True, no_cfunc_wrapper=True)
 
     def compile(self, **options: bool) -> Any:
         """Let numba compile the function."""
@@ -4813,32 +4816,27 @@ def begin_token(fixed, past, now):
     now.expected = -1
     if marks.match_length:
         now.expected = fixed.leaf[past.history[marks.match_at]] | len(fixed.token)
-    now.node = 1
+    now.node, now.level = 1, 0
     now.cost[:] = 0
 
 
 @bare_kernel
-def judge_bit(fixed, past, now, judge):
-    """Mix what a judge hears, and refine it."""
-    now.mixed[judge] = mixed_logit(past, now, judge)
-    now.p[judge] = refined(fixed, past, now, judge)
-
-
-@bare_kernel
 def predict_bit(fixed, past, now, mass):
-    """Let the experts speak, then each judge: write p."""
+    """Let the experts speak, then each judge mix what it hears, and refine it: write p."""
     slot_inputs(fixed, past, now)
     candidate_inputs(fixed, past, now)
     match_input(fixed, past, now)
     choose_by_counts(past, now)
-    judge_bit(fixed, past, now, 0)
+    for judge in range(now.judges):
+        if judge:
+            for j in range(MATCH_INPUT, past.weights.shape[2]):
+                now.inputs[1, j] = now.inputs[0, j]
+            net = fixed.stretch[(mass[2 * now.node + 1] << 12) // mass[now.node]]
+            now.inputs[1, NET], now.inputs[1, MIX] = NET_GAIN * net, MIX_GAIN * now.mixed[0]
+        now.mixed[judge] = mixed_logit(past, now, judge)
+        now.p[judge] = refined(fixed, past, now, judge)
     now.p[2] = now.p[0]
     if now.judges == 2:
-        for j in range(MATCH_INPUT, past.weights.shape[2]):
-            now.inputs[1, j] = now.inputs[0, j]
-        net = fixed.stretch[(mass[2 * now.node + 1] << 12) // mass[now.node]]
-        now.inputs[1, NET], now.inputs[1, MIX] = NET_GAIN * net, MIX_GAIN * now.mixed[0]
-        judge_bit(fixed, past, now, 1)
         trust = past.marks[0].trust[now.level]
         p = trust * np.float32(now.p[1]) + (np.float32(1) - trust) * np.float32(now.p[0])
         now.p[2] = min(max(np.int64(p + np.float32(0.5)), 1), 65535)
@@ -4939,7 +4937,7 @@ def code_tokens(mixer, coder, tokens, rows, nats):
     judges = now.judges = 2 if len(rows) else 1
     for i in range(len(tokens)):
         begin_token(fixed, past, now)
-        prepare(fixed, past, now, 0, now.node)
+        prepare(fixed, past, now, now.level, now.node)
         if judges == 2:
             net_masses(fixed, mass, rows[i])
         leaf = code_path(fixed, past, now, mass, coder, fixed.leaf[tokens[i]])

@@ -341,7 +341,7 @@ def apm_rows(vocab, apm, last, node):
     """The script's choice of the refining maps' rows."""
     m = blank(vocab)
     m.now["last"] = last
-    t.choose_apm_rows.part(m.fixed, m.state._replace(apm=apm), m.now[0], 0, node)
+    t.choose_apm_rows(m.fixed, m.state._replace(apm=apm), m.now[0], 0, node)
     return m.now["apm_rows"][0, 0].tolist()
 
 
@@ -351,8 +351,8 @@ def word_row(vocab, word, level):
     m = blank(vocab)
     m.state.marks["words"], m.state.marks["letters"] = 0, 0
     for letter in word:
-        t.learn_letter.part(m.state.marks[0], letter)
-    t.choose_rows.part(m.fixed, m.state, m.now[0], level, 1)
+        t.learn_letter(m.state.marks[0], letter)
+    t.choose_rows(m.fixed, m.state, m.now[0], level, 1)
     return int(m.now["set_rows"][0, level, -1] - m.fixed.first_row[-1])
 
 
@@ -649,7 +649,7 @@ def test_experts_have_keys_of_their_own():
             for word in (0, 1, 5, 1 << 40):
                 m.state.history[8], m.state.marks["pieces"] = last, (word, 3)
                 m.state.marks["words"] = word, 4, 5, 6
-                t.context_keys.part(m.fixed, m.state, table, made)
+                t.context_keys(m.fixed, m.state, table, made)
                 for a, key in enumerate(made.tolist()):
                     assert keys.setdefault(key, a) == a, f"{contexts[a]} after token {last}"
 
@@ -1140,7 +1140,7 @@ def test_all_rows_that_a_decision_reads_are_asked_for(monkeypatch):
         return array.ctypes.data + sum(i * step for i, step in zip(at, array.strides, strict=True))
 
     def chosen(choose):
-        return lambda fixed, past, _, *where: choose.part(fixed, past, m.now[0], *where)
+        return lambda fixed, past, _, *where: choose(fixed, past, m.now[0], *where)
 
     for name in ("choose_rows", "choose_apm_rows"):
         monkeypatch.setattr(t, name, chosen(getattr(t, name)))

@@ -130,10 +130,10 @@ def test_a_copy_of_rows_is_what_scoring_would_find(first_ones):
     rows[:, 7] = rng.integers(0, 2, n)  # sparse
 
     scoring, at, new = table.copy(), first.copy(), fresh.copy()
-    t.find_rows.part(scoring, rows, hashes, at, new, first_ones, 15 << 16, blank, 1)
+    t.find_rows(scoring, rows, hashes, at, new, first_ones, 15 << 16, blank, 1)
     copies, at_copy, new_copy = np.zeros((n, 8), np.uint32), first.copy(), fresh.copy()
     before = table.copy()
-    t.copy_rows.part(table, rows, hashes, at_copy, new_copy, first_ones, blank, copies)
+    t.copy_rows(table, rows, hashes, at_copy, new_copy, first_ones, blank, copies)
     assert (copies[:, 1:] == scoring[at, 1:]).all() and (new == new_copy).all()
     assert (table == before).all() and (at_copy == np.arange(n)).all()
     assert 5 < (copies[:, 1:] == blank).all(axis=1).sum() < n - 5
