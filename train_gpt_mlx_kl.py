@@ -505,13 +505,13 @@ def knobs_from_env(
 
 
 def check_kept(kept: dict[str, str], path: Path) -> None:
-    """Raises UserError unless the settings in an artifact's header are what this script keeps."""
+    """Raises UserError unless the settings in an artifact's header are those this script keeps."""
     names = settings_of(Knobs(), *KEPT_SCOPES)
     strange = [n for n, v in kept.items() if n not in names or v == "" or not isinstance(v, str)]
     values, problems = parse_env({n: v for n, v in kept.items() if n not in strange})
-    problems += [
-        f"{name}: this script keeps none: use the one that made the file" for name in strange
-    ]
+    use = "use the one that made the file"
+    problems += [f"{name}: this script keeps none: {use}" for name in strange]
+    problems += [f"{n} is missing, which this script keeps: {use}" for n in names if n not in kept]
     problems = problems or check_together(Knobs(**values))
     if problems:
         raise UserError("\n".join(f"{path}: {problem}" for problem in problems))
@@ -1178,31 +1178,24 @@ class TrainWindows:
 SHARED_ENDS = 32  # tokens at both ends of a document, by which it is known again
 
 
-def document_keys(tokens: np.ndarray, bos: int) -> tuple[np.ndarray, np.ndarray]:
-    """Documents of at least 2 * SHARED_ENDS tokens: (their length and both ends as bytes, lengths).
-
-    tokens (n,) uint16 -> (m,) bytes, (m,) int64.
-    """
-    starts = np.flatnonzero(tokens == bos)
-    lengths = np.diff(starts, append=len(tokens))
-    starts, lengths = (a[lengths >= 2 * SHARED_ENDS] for a in (starts, lengths))
-    at, ends = np.arange(SHARED_ENDS), starts + lengths - SHARED_ENDS
-    parts = [lengths.astype("<u8").view("<u2").reshape(-1, 4), tokens[starts[:, None] + at],
-             tokens[ends[:, None] + at]]  # fmt: skip
-    rows = np.ascontiguousarray(np.hstack(parts).astype(">u2"))
-    return rows.view(f"V{2 * rows.shape[1]}")[:, 0], lengths
+def document_keys(tokens: np.ndarray, bos: int) -> Iterator[tuple[int, bytes, bytes]]:
+    """(length, first tokens, last tokens) of each document of at least 2 * SHARED_ENDS tokens."""
+    starts = np.flatnonzero(tokens == bos).tolist()
+    for start, end in itertools.pairwise([*starts, len(tokens)]):
+        if end - start >= 2 * SHARED_ENDS:
+            head, tail = tokens[start : start + SHARED_ENDS], tokens[end - SHARED_ENDS : end]
+            yield end - start, head.tobytes(), tail.tobytes()
 
 
 def shared_documents(data: TrainWindows, val: np.ndarray, bos: int) -> tuple[int, int]:
     """(validation documents that are training documents too, their tokens)."""
     if bos < 0:
         return 0, 0
-    keys, lengths = document_keys(val.astype(np.uint16), bos)
-    known, found = {key.tobytes(): i for i, key in enumerate(keys)}, set()
+    keys, trained = list(document_keys(val.astype("<u2"), bos)), set()
     for shard in data.shards:
-        found |= {known.get(key.tobytes()) for key in document_keys(shard[:], bos)[0]}
-    found.discard(None)
-    return len(found), int(lengths[sorted(found)].sum())
+        trained |= set(keys).intersection(document_keys(shard[:], bos))
+    lengths = [key[0] for key in keys if key in trained]
+    return len(lengths), sum(lengths)
 
 
 COUNTED_TOKENS = 100_000_000  # enough for bigrams, and two seconds of counting
@@ -1404,7 +1397,7 @@ class Report(contextlib.AbstractContextManager):
             return
         try:
             str(self.folder).encode()
-            if not self.folder.is_dir():
+            if self.lock is None:  # the folder was not there
                 self.folder.mkdir(parents=True)
                 self.take_lock()
             for name in self.files if sizes is not None else ():
@@ -1412,6 +1405,9 @@ class Report(contextlib.AbstractContextManager):
                     os.truncate(self.folder / name, min(sizes.get(name, 0), self.sizes()[name]))
             with whole_file(self.folder / SCRIPT.name) as part:
                 part.write_bytes(source())
+        except FileExistsError:
+            raise UserError(f"{self.folder}: another run has made it meanwhile: choose another "
+                            "RUN_ID") from None  # fmt: skip
         except (OSError, UnicodeError) as error:
             reason = getattr(error, "strerror", "") or "its name is not UTF-8"
             raise UserError(f"OUT_DIR={str(self.folder.parent)!a}: {reason}") from None
@@ -1425,9 +1421,9 @@ class Report(contextlib.AbstractContextManager):
         for name, text in early:
             self.append(name, text)
 
-    def line(self, text: str) -> None:
-        """A line on the screen and in train.log."""
-        if self.folder:
+    def line(self, *texts: str) -> None:
+        """Lines on the screen and in train.log."""
+        for text in texts if self.folder else ():
             say(text)
             self.append("train.log", text + "\n")
 
@@ -1684,10 +1680,7 @@ if COMPILER_FAULT := compiler_fault():
 compiled = mx.compile
 
 
-@functools.cache
-def untraced_work() -> queue.SimpleQueue:
-    """Where a thread that never traces a gradient takes its work from."""
-    return own_thread()
+untraced_work = functools.cache(own_thread)  # a thread that never traces a gradient
 
 
 def untraced(build: Callable[..., Any]) -> Callable[..., Any]:
@@ -1698,8 +1691,6 @@ def untraced(build: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(build)
     def call(*args: Any) -> Any:
-        if not on_cpu():  # whole steps are compiled there
-            return build(*args)
         done, stream = Future(), mx.default_stream(mx.default_device())
 
         def work() -> Any:
@@ -2520,10 +2511,9 @@ def head_bytes(
     header["tokenizer"]["text"] = len(tokenizer.text)
     text = json.dumps(header).encode()
     flags = (tokenizer.leading + 2 * tokenizer.control).astype(np.uint8)
-    tables = [tokenizer.piece_bytes.astype("<u2"), flags]
-    tables += [np.frombuffer(tokenizer.text, np.uint8)]
-    tables += [packed.leaves.astype("<u2")] if packed else []
-    return b"".join([struct.pack("<I", len(text)), text, *(a.tobytes() for a in tables)])
+    head = [struct.pack("<I", len(text)), text]
+    head += [tokenizer.piece_bytes.astype("<u2").tobytes(), flags.tobytes(), tokenizer.text]
+    return b"".join([*head, packed.leaves.astype("<u2").tobytes() if packed else b""])
 
 
 def group_bytes(
@@ -2668,6 +2658,8 @@ def parse_artifact(path: Path, raw: bytes, code: bytes) -> Artifact:
         raise ValueError(f"a vocabulary of {vocab}, BOS {facts['bos']}")
     if not (-1 <= facts["bos"] < vocab and type(facts["dummy_prefix"]) is bool):
         raise ValueError(f"BOS {facts['bos']}, dummy prefix {facts['dummy_prefix']}")
+    if type(facts["sha256"]) is not str:
+        raise ValueError(f"SHA-256 {facts['sha256']} of a tokenizer")
     documents, tokens = header.get("overlap", (0, 0))
     if not (type(documents) is type(tokens) is int and 0 <= documents <= tokens):
         raise ValueError(f"an overlap of {documents} documents")
@@ -3063,6 +3055,11 @@ def split_windows(first: int, last: int, cfg: Knobs, workers: int) -> list[slice
     return [slice(a, b) for a, b in itertools.pairwise(ends)]
 
 
+def largest_parts(parts: list[slice], workers: int) -> list[int]:
+    """Windows of the largest microbatch, once for each worker that gets any."""
+    return [max(rows.stop - rows.start for rows in parts)] * min(workers, len(parts))
+
+
 LOWER = (
     "RESUME=1 may lower MATRIX_LR, TIED_EMBED_LR, HASH_LR, SCALAR_LR or MUON_WEIGHT_DECAY, set "
     "GRAD_CLIP_NORM=1, or allow some bad steps by SKIP_BAD_STEPS"
@@ -3096,8 +3093,7 @@ class Trainer:
         first, last = (self.windows * i // ranks.count for i in (ranks.rank, ranks.rank + 1))
         # Worker i of n takes microbatches i, i + n, .. and moves the parameters that it owns.
         self.microbatches = split_windows(first, last, cfg, workers.count)
-        sizes = [rows.stop - rows.start for rows in self.microbatches]
-        self.largest_microbatches = [max(sizes)] * min(workers.count, len(sizes))
+        self.largest_microbatches = largest_parts(self.microbatches, workers.count)
         by_size = sorted(self.params, key=lambda n: (self.params[n].size, n), reverse=True)
         self.owned = [by_size[i :: workers.count] for i in range(workers.count)]
         self.bigrams = bigram_probability(data) if cfg.complement_alpha else None
@@ -3533,11 +3529,7 @@ class ContextModel:
     """
 
     state: tuple[np.ndarray, ...] = ()
-
-    @property
-    def learned(self) -> int:
-        """How many tokens it has learned from."""
-        return 0
+    learned: int = 0  # tokens that it has learned from
 
     def begin(self, first: int) -> None:
         """Read the text's first token, which is not scored."""
@@ -3721,13 +3713,8 @@ class BackoffMixer(ContextModel):
         nodes["key"][1], contexts[1] = bos, 1
         prior = (FIRST_ALPHA * FIRST_TOKENS, FIRST_TOKENS) if alpha is None else (alpha, 1.0)
         weights = np.full((10, 3 * order + 3, 2), prior)
-        self.state = (
-            np.zeros(0, np.int32),
-            nodes,
-            np.array([(2, 1, 0)], COUNTERS),
-            contexts,
-            weights,
-        )
+        counters = np.array([(2, 1, 0)], COUNTERS)
+        self.state = np.zeros(0, np.int32), nodes, counters, contexts, weights
         self.reserve(0)
 
     def reserve(self, tokens: int) -> None:
@@ -6209,11 +6196,11 @@ class Pieces:
         yield held
 
 
-def streamed(tokens: Iterator[int], texts: list[bytes], skip: int) -> Iterator[str]:
-    """The text of tokens as it comes, in whole characters, without its first `skip` bytes."""
+def streamed(tokens: Iterator[int], texts: list[bytes], start: bytes) -> Iterator[str]:
+    """The text of tokens as it comes, in whole characters, without the `start` that it may have."""
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
     for token in tokens:
-        text, skip = texts[token][skip:], 0
+        text, start = texts[token].removeprefix(start), b""
         yield decoder.decode(text)
     yield decoder.decode(b"", True)
 
@@ -6231,17 +6218,6 @@ def shard_header(count: int) -> bytes:
     ints = np.zeros(SHARD_HEADER_INTS, "<i4")
     ints[:3] = SHARD_MAGIC, SHARD_VERSION, count
     return ints.tobytes()
-
-
-def shard_tokens(path: Path, vocab: int) -> np.ndarray | None:
-    """The tokens of a shard, (n,) int32; None if the file is none, or more than its tokens say."""
-    try:
-        tokens = check_ids(Shard(path)[:], vocab, path)
-    except UserError:
-        return None
-    with open(path, "rb") as file:
-        whole = file.read(4 * SHARD_HEADER_INTS) == shard_header(len(tokens))
-    return tokens if whole and len(tokens) else None
 
 
 def file_chunks(path: Path) -> Iterator[bytes]:
@@ -6265,14 +6241,6 @@ def file_bytes(
     return itertools.chain([shard_header(count)], (part.astype("<u2").tobytes() for part in parts))
 
 
-def checksum_of(chunks: Iterable[bytes]) -> tuple[int, int]:
-    """(CRC-32, size) of bytes in chunks."""
-    crc = size = 0
-    for chunk in chunks:
-        crc, size = zlib.crc32(chunk, crc), size + len(chunk)
-    return crc, size
-
-
 def machine_mark(cfg: Knobs, count: int) -> bytes:
     """2 bytes that are others where the net's numbers may be, or the number of tokens is."""
     batches = cfg.eval_batch_seqs, worker_count(cfg)  # of the rehearsal
@@ -6280,11 +6248,10 @@ def machine_mark(cfg: Knobs, count: int) -> bytes:
     return hashlib.sha256(repr(facts).encode()).digest()[:2]
 
 
-def others(path: Path) -> str:
+def others(raw: bytes) -> str:
     """What xz and brotli make of a file that is not too large for one's patience."""
-    if path.stat().st_size > 1 << 20:
+    if len(raw) > 1 << 20:
         return ""
-    raw = path.read_bytes()
     line = f"; xz {len(lzma.compress(raw, preset=9 | lzma.PRESET_EXTREME)):,}"
     with contextlib.suppress(ImportError):
         import brotli
@@ -6361,9 +6328,8 @@ class Use:
             contexts = contexts and bool(self.artifact.packed)
             predictor = self.predictor(len(prompt) + cfg.sample_tokens, contexts, net, stride)
         tokens = predictor.sample(prompt, cfg.sample_tokens, cfg, np.random.default_rng(cfg.seed))
-        for text in itertools.chain(
-            [cfg.prompt], streamed(tokens, pieces.texts, 0 if raw else len(pieces.start))
-        ):
+        say(cfg.prompt, end="")
+        for text in streamed(tokens, pieces.texts, b"" if raw else pieces.start):
             say(text, end="")
         say("")
 
@@ -6391,9 +6357,10 @@ class Use:
 
     def file_tokens(self, path: Path) -> tuple[Pieces | None, int, list[np.ndarray]]:
         """(what wrote a file's tokens, None for a shard; flags; the tokens in parts, uint16)."""
-        tokens = shard_tokens(path, self.artifact.tokenizer.vocab)
-        if tokens is not None:
-            return None, SHARD, [tokens.astype(np.uint16)]
+        with contextlib.suppress(UserError):  # it is no shard, or one of another vocabulary
+            tokens = check_ids(Shard(path)[:], self.artifact.tokenizer.vocab, path)
+            if len(tokens) and path.read_bytes().startswith(shard_header(len(tokens))):
+                return None, SHARD, [tokens.astype(np.uint16)]
         pieces, flags = self.pieces(), 0
         if not pieces.keeps_lines:  # nor had the text any that it was trained on
             first = list(itertools.islice(file_chunks(path), 1))
@@ -6406,21 +6373,22 @@ class Use:
         cfg, path = self.cfg, Path(self.cfg.file)
         target = self.result_path(f"{path}.tgk")
         pieces, flags, parts = self.file_tokens(path)
-        crc, size = checksum_of(file_chunks(path))
-        if checksum_of(file_bytes(pieces, flags, sum(map(len, parts)), parts)) != (crc, size):
+        raw, count = path.read_bytes(), sum(map(len, parts))
+        if b"".join(file_bytes(pieces, flags, count, parts)) != raw:
             raise RunFailed(f"FILE={path}: it changes while it is read")
         flags |= NET_TOO * cfg.with_net
         code, speed = self.encode(parts, flags)
-        count = sum(map(len, parts))
         length = (count.bit_length() + 7) // 8
         mark, digest = machine_mark(cfg, count) if cfg.with_net else b"", file_sha256(self.path)
-        head = TGK.pack(TGK_MAGIC, flags | length << 4, bytes.fromhex(digest[:8]), crc)
+        flags |= length << 4
+        head = TGK.pack(TGK_MAGIC, flags, bytes.fromhex(digest[:8]), zlib.crc32(raw))
         out = head + count.to_bytes(length, "little") + mark + code
         with whole_file(target) as temporary:
             temporary.write_bytes(out)
         if pieces:
             spelt = np.isin(np.concatenate(parts), list(pieces.byte_ids.values())).sum()
-            what, than = f"{count:,} tokens, {spelt:,} of them single bytes", others(path)
+            what, than = f"{count:,} tokens, {spelt:,} of them single bytes", others(raw)
+            size = len(raw)
         else:
             facts, tokens, what, than = self.artifact.tokenizer, parts[0], "of a shard's text", ""
             size = int(facts.bytes_of(tokens[:-1], tokens[1:]).sum())
@@ -6465,7 +6433,9 @@ class Use:
         pieces = None if flags & SHARD else self.pieces()
         chunks = file_bytes(pieces, flags, count, self.decode(code, count, flags))
         with whole_file(target) as temporary, open(temporary, "wb") as out:
-            now, size = checksum_of(chunk for chunk in chunks if out.write(chunk) or True)
+            now = size = 0
+            for chunk in chunks:
+                now, size = zlib.crc32(chunk, now), size + out.write(chunk)
             if now != crc:
                 raise UserError(f"FILE={path}: damaged (its checksum does not fit): copy it again")
         say(f"{path}: {len(raw):,} bytes -> {size:,}, as they were: {target}")
@@ -6484,7 +6454,8 @@ class Use:
             raise UserError(f"{file}: compressed with another artifact than {self.path}, one whose "
                             f"SHA-256 begins with {artifact.hex()}")  # fmt: skip
         # A token takes 0.00002 bits or more: what says that there are more tokens is wrong.
-        if flags & 8 or end >= len(raw) or count > len(raw) << 19:
+        most = min(len(raw) << 19, (1 << 31) - 1) if flags & SHARD else len(raw) << 19
+        if flags & 8 or end >= len(raw) or count > most:  # a shard's header holds 31 bits
             raise UserError(f"{file}: damaged, or cut short: copy it again")
         if flags & NET_TOO and raw[at:end] != machine_mark(self.cfg, count):
             raise UserError(f"{file}: compressed with WITH_NET=1 on another machine, with "
@@ -6500,7 +6471,7 @@ def report_sample(facts: Tokenizer, report: Report, trainer: Trainer) -> None:
     length = eval_shape(cfg)[0]
     net = NetReader(model, length, max(length // 2, 1))
     tokens = Predictor(None, net).sample([max(model.bos, 0)], 40, cfg, rng)
-    text = "".join(streamed(tokens, bytes_of_pieces(facts), int(facts.dummy_prefix)))
+    text = "".join(streamed(tokens, bytes_of_pieces(facts), b" " * facts.dummy_prefix))
     event = {"event": "sample", "step": trainer.step, "text": text}
     report.event(event, "step:{step}/{n} sample:{text!r}")
 
@@ -6518,17 +6489,14 @@ def describe_start(
     cfg: Knobs, report: Report, warnings: list[str], workers: Workers, ranks: int, again: bool
 ) -> None:
     """Lines that say what runs where, and the config event unless the run has one: `again`."""
-    warnings = [*warnings, *machine_faults(cfg)]
-    for warning in warnings:
-        report.line(f"warning: {warning}")
+    report.line(*(f"warning: {warning}" for warning in [*warnings, *machine_faults(cfg)]))
     machine = {
         "machine": machine_kind(), "mlx_version": mx.__version__, "dtype_used": compute_dtype(cfg),
         "blas_used": BLAS_NAME, "workers_used": workers.count,
         "ranks": ranks, "gflops": gigaflops(workers),
     }  # fmt: skip
     if again:
-        for line in CONFIG_LINES:
-            report.line(line.format(**vars(cfg), **machine))
+        report.line(*(line.format(**vars(cfg), **machine) for line in CONFIG_LINES))
     else:
         report.event({"event": "config", **dataclasses.asdict(cfg), **machine}, *CONFIG_LINES)
 
@@ -6818,8 +6786,7 @@ def train_run(
         trainer = Trainer(GPT(cfg, tokenizer.vocab, tokenizer.bos), cfg, data, workers, ranks)
         packer, lines = new_packer(trainer, tokenizer), list(describe_training(trainer, text))
         more = resume(trainer, packer, saved, written) if saved else ()
-        for line in [*lines, *ranks.in_turn(lambda: list(more))]:
-            report.line(line)
+        report.line(*lines, *ranks.in_turn(lambda: list(more)))
         report.begin(None if longer else saved[1]["sizes"] if saved else {})
         follow(cfg.report_to, report.folder)
         trainer.follow_rank_0()
@@ -6989,8 +6956,7 @@ def report_score(
     if cfg.audit:
         lines += audit.stated_bytes(evals[-1]["val_bytes"])
     label = audit.label(lines) if cfg.audit else "off"
-    for line in lines:
-        report.line(f"audit: {line}")
+    report.line(*(f"audit: {line}" for line in lines))
     report.event({"event": "audit", "audit": label, "lines": lines})
     for event in evals:
         report.event({"event": "eval", **event}, *ROUNDTRIP_LINES)
@@ -7005,8 +6971,7 @@ def report_score(
         report.line(f"warning: {unwritten}")
     rest = final["model_bytes"] - final["packed_bytes"]
     facts = {**final, "net_bytes": rest, "folder": report.folder, "part": part_of_text(final)}
-    for line in (scores + SUMMARY).format(**facts).split("\n"):
-        report.line(line)
+    report.line(*(scores + SUMMARY).format(**facts).split("\n"))
     report.line(f"next: python tools/report.py {report.folder}")
 
 
@@ -7097,8 +7062,8 @@ def machine_faults(cfg: Knobs) -> Iterator[str]:
 def preset_needs(cfg: Knobs, trainer: Trainer, speed: float) -> Iterator[str]:
     """Lines: the preset's bytes in memory and on disk, and its minutes, by estimate."""
     windows = cfg.train_batch_tokens // cfg.train_seq_len
-    parts = split_windows(0, windows, cfg, trainer.workers.count)
-    largest = [max(rows.stop - rows.start for rows in parts)] * trainer.workers.count
+    count = worker_count(cfg)  # `trial`, whose step is smaller, may have had fewer
+    largest = largest_parts(split_windows(0, windows, cfg, count), count)
     use = estimate_memory(trainer.params, cfg, largest, 0, PACKED_TOKENS_MOST)
     yield f"it needs about {sum(use.values()) / 1e9:.1f} GB of memory"
     size = estimate_bytes(trainer.params, trainer.groups, cfg)

@@ -369,6 +369,17 @@ def test_a_folder_that_vanishes_is_one_line(home, env):
     assert process.returncode == 1 and "Traceback" not in err and "No such file" in err
 
 
+def test_two_runs_that_begin_at_once_do_not_share_a_folder(tmp_path):
+    """Both find no folder; what the first one writes is not the second's to empty."""
+    first, second = (t.Report(tmp_path / "logs" / "same", 1) for _ in range(2))
+    with first, second:
+        first.event({"event": "step"})
+        first.begin({})
+        with pytest.raises(t.UserError, match="same: another run has made it"):
+            second.begin({})
+        assert json.loads((first.folder / "metrics.jsonl").read_text()) == {"event": "step"}
+
+
 def test_a_run_that_is_alive_cannot_be_resumed(home, env):
     process = start(home, RUN_ID="alive", **{**env, **NET, **LONG, "CHECKPOINT_EVERY": 5})
     read_until(process, "step:9/")
@@ -470,6 +481,18 @@ def test_validation_text_in_the_training_text_is_found(refused, home, dataset):
     result = run(home, "allowed", **env)
     assert final(result)["audit"] == "pass, 5 documents were trained on"
     assert final(result)["val_overlap"][0] == 5
+
+
+def test_each_copy_of_a_document_is_validation_text(tmp_path):
+    """Of three documents in the validation text, a long one is there thrice and trained on."""
+    rng = np.random.default_rng(0)
+    long, other = ([1, *rng.integers(2, 99, n)] for n in (80, 90))
+    write_shard(tmp_path / "x_train_000000.bin", np.concatenate([other, long, [1, 5, 6]]))
+    data = t.TrainWindows([tmp_path / "x_train_000000.bin"], 16, 1, 99)
+    almost = [*long[:-1], 1 + long[-1]]
+    val = np.concatenate([long, almost, [1, 5, 6], long, long])
+    assert t.shared_documents(data, val, 1) == (3, 3 * 81)
+    assert t.shared_documents(data, val, -1) == (0, 0)
 
 
 TEXTS = [f"a cat number {i} sat on the mat and saw {i % 7} birds" for i in range(400)]
@@ -710,6 +733,18 @@ def test_an_artifact_sets_nothing_but_the_model_and_its_score(small_artifact, tm
         other = len(text).to_bytes(4, "little") + text + model[4 + length :]
         with pytest.raises(t.UserError, match=name):
             t.read_artifact(sealed(tmp_path / "artifact.bin", other, code))
+
+
+def test_an_artifact_that_lacks_a_setting_is_a_line(small_artifact, tmp_path):
+    """What its file does not say must not be filled in, nor be missed later."""
+    _, model, code = small_artifact
+    length = int.from_bytes(model[:4], "little")
+    header = json.loads(model[4 : 4 + length])
+    del header["knobs"]["NUM_LAYERS"]
+    text = json.dumps(header).encode()
+    other = len(text).to_bytes(4, "little") + text + model[4 + length :]
+    with pytest.raises(t.UserError, match="NUM_LAYERS is missing"):
+        t.read_artifact(sealed(tmp_path / "artifact.bin", other, code))
 
 
 def test_no_checkpoint_is_more_than_a_line(tmp_path):

@@ -515,6 +515,17 @@ def test_the_largest_microbatches_are_what_workers_hold(make_trainer):
     assert few.largest_microbatches == [1] * 3
 
 
+def test_the_doctor_estimates_for_the_workers_of_a_run(make_trainer, monkeypatch):
+    """Its trial has a smaller step, which four workers share; a run's is for all 16 cores."""
+    trainer, seen = make_trainer(), []
+    changes = {"workers": 0, "train_seq_len": 16, "train_batch_tokens": 24 * 16}
+    cfg = t.dataclasses.replace(trainer.cfg, **changes)
+    monkeypatch.setattr(t, "cpu_cores", lambda: 16)
+    monkeypatch.setattr(t, "estimate_memory", lambda *args: seen.append(args[2]) or {"net": 1})
+    list(t.preset_needs(cfg, trainer, 1.0))
+    assert seen == [[2] * 16]
+
+
 def test_memory_by_estimate_grows_with_what_is_asked_for(make_trainer):
     trainer = make_trainer()
     cfg, params = trainer.cfg, trainer.params

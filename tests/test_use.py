@@ -195,10 +195,11 @@ def test_a_sample_ends_with_its_document_or_its_tokens():
 
 def test_a_stream_has_no_half_characters():
     texts = [b" a", *(bytes([byte]) for byte in "é😀".encode()), b"\xff", b"b", b"\xf0"]
-    parts = list(t.streamed(iter(range(len(texts))), texts, 1))
+    parts = list(t.streamed(iter(range(len(texts))), texts, b" "))
     assert "".join(parts) == "aé😀\ufffdb\ufffd"
     assert parts[:7] == ["a", "", "é", "", "", "", "😀"]
-    assert "".join(t.streamed(iter([0]), texts, 0)) == " a"
+    assert "".join(t.streamed(iter([0]), texts, b"")) == " a"
+    assert "".join(t.streamed(iter([8, 0]), texts, b" ")) == "b a"  # no space to leave out
 
 
 # --------------------------------------------------------------------------------------------------
@@ -500,6 +501,19 @@ def test_damage_is_a_line_and_leaves_nothing(usual):
     assert len(lines) >= 4 and harmless < 9
     path.write_bytes(code + b"x")
     fails(usual.use(path), "restore", "damaged.*: copy it again")
+
+
+def test_more_tokens_than_a_shard_can_have_are_a_line(usual):
+    path = usual.folder / "many.tgk"
+    use = usual.use(path)
+    mark = bytes.fromhex(t.file_sha256(use.path)[:8])
+    for flags in (t.SHARD, 0):  # as many words of a text are fewer than the code could be of
+        head = t.TGK.pack(t.TGK_MAGIC, flags | 4 << 4, mark, 0)
+        path.write_bytes(head + (1 << 31).to_bytes(4, "little") + bytes(5000))
+        if flags:
+            fails(use, "restore", "many.tgk: damaged, or cut short")
+        else:
+            assert use.read_head(path.read_bytes())[2] == 1 << 31
 
 
 def fails(use, work, text):

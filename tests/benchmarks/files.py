@@ -144,12 +144,13 @@ def in_child(work: Callable[[], Any]) -> Any:
         child.join()
 
 
-def own_copy(mixer: t.LogisticMixer) -> None:
+def own_copy(mixer: t.Mixer) -> None:
     """Copy a forked mixer's tables at once: page by page, as they are written, would be timed."""
-    copies = [t.huge_zeros(array.size, array.dtype).reshape(array.shape) for array in mixer.state]
-    for copy, array in zip(copies, mixer.state, strict=True):
-        np.copyto(copy, array)
-    mixer.state = t.Past(*copies)
+    for each in mixer.all():
+        copies = [t.huge_zeros(a.size, a.dtype).reshape(a.shape) for a in each.state]
+        for copy, array in zip(copies, each.state, strict=True):
+            np.copyto(copy, array)
+        each.state = t.Past(*copies)
 
 
 def serve_net(path: Path, stride: int, ends: Any) -> None:
@@ -185,12 +186,15 @@ class FarNet:
 class PrimedUse(t.Use):
     """MODE=compress and MODE=restore by a mixer that has read the artifact's text already."""
 
-    mixer: t.LogisticMixer
+    mixer: t.Mixer
     seconds = 0.0  # of the last coding
 
-    def predictor(self, tokens: int, contexts: bool, net: bool, stride: int) -> t.Predictor:
+    def predictor(
+        self, tokens: int, contexts: bool, net: bool, stride: int, first: bool = False
+    ) -> t.Predictor:
         """See `Use.predictor`."""
-        return t.Predictor(self.mixer, FarNet(self.path, stride) if net else None)
+        mixer = self.mixer.all()[0] if first else self.mixer
+        return t.Predictor(mixer, FarNet(self.path, stride) if net else None)
 
     def encode(self, parts: list[np.ndarray], flags: int) -> tuple[bytes, float]:
         """See `Use.encode`."""
@@ -250,7 +254,7 @@ class Bench:
         """The documents that others are given."""
         if self.options.dictionary_text:
             return Path(self.options.dictionary_text).read_bytes().split(b"\n\n")
-        tokens = self.use.mixer.state.history[: self.use.mixer.learned]
+        tokens = self.use.mixer.all()[0].state.history[: self.use.mixer.learned]
         parts, pieces = np.split(tokens, np.flatnonzero(tokens == self.use.bos)), self.use.pieces()
         return [pieces.decode(part[1:].tolist()).lstrip(b" ") for part in parts if len(part) > 1]
 
