@@ -642,6 +642,17 @@ def sealed(path, model, code):
     return path
 
 
+def with_header(folder, artifact, change):
+    """Write an artifact that is sound but for `change`, which gets its header to alter."""
+    _, model, code = artifact
+    length = int.from_bytes(model[:4], "little")
+    header = json.loads(model[4 : 4 + length])
+    change(header)
+    text = json.dumps(header).encode()
+    other = len(text).to_bytes(4, "little") + text + model[4 + length :]
+    return sealed(folder / "artifact.bin", other, code)
+
+
 def read_or_refuse(read):
     """Whether it is read; anything but one line of refusal is an error."""
     try:
@@ -681,14 +692,12 @@ def test_no_artifact_is_more_than_a_line(small_artifact, tmp_path):
 @pytest.mark.parametrize("count, size", [(0, 8), (-1, 8), (t.REHEARSAL_MOST + 1, 8), ("7", 8),
                                          (7, 7), (7, 9), (7, 99), (7, -9), (7, None)])  # fmt: skip
 def test_a_rehearsal_that_no_run_writes_is_refused(small_artifact, tmp_path, count, size):
-    _, model, code = small_artifact
-    length = int.from_bytes(model[:4], "little")
     for changed in ((7, 8), (count, size)):
-        header = json.loads(model[4 : 4 + length])
-        header["packed"][0][0], header["packed"][0][2] = changed
-        text = json.dumps(header).encode()
-        other = len(text).to_bytes(4, "little") + text + model[4 + length :]
-        path = sealed(tmp_path / "artifact.bin", other, code)
+
+        def change(header, changed=changed):
+            header["packed"][0][0], header["packed"][0][2] = changed
+
+        path = with_header(tmp_path, small_artifact, change)
         assert read_or_refuse(lambda path=path: t.read_artifact(path)) == (changed == (7, 8))
 
 
@@ -723,28 +732,28 @@ def test_a_bomb_is_a_line(small_artifact, tmp_path):
 
 
 def test_an_artifact_sets_nothing_but_the_model_and_its_score(small_artifact, tmp_path):
-    _, model, code = small_artifact
-    length = int.from_bytes(model[:4], "little")
-    header = json.loads(model[4 : 4 + length])
     for name, value in {"OUT_DIR": "/tmp", "RUN_ID": "../x", "RESUME": "1", "WORKERS": "9",
                         "DEVICE": "gpu", "TOKENIZER_PATH": "x", "LOGIT_SOFTCAP": "0",
                         "EVAL_MODE": "foo", "VAL_MAX_TOKENS": "-5000"}.items():  # fmt: skip
-        text = json.dumps({**header, "knobs": {**header["knobs"], name: value}}).encode()
-        other = len(text).to_bytes(4, "little") + text + model[4 + length :]
+
+        def change(header, name=name, value=value):
+            header["knobs"][name] = value
+
         with pytest.raises(t.UserError, match=name):
-            t.read_artifact(sealed(tmp_path / "artifact.bin", other, code))
+            t.read_artifact(with_header(tmp_path, small_artifact, change))
 
 
 def test_an_artifact_that_lacks_a_setting_is_a_line(small_artifact, tmp_path):
     """What its file does not say must not be filled in, nor be missed later."""
-    _, model, code = small_artifact
-    length = int.from_bytes(model[:4], "little")
-    header = json.loads(model[4 : 4 + length])
-    del header["knobs"]["NUM_LAYERS"]
-    text = json.dumps(header).encode()
-    other = len(text).to_bytes(4, "little") + text + model[4 + length :]
+    path = with_header(tmp_path, small_artifact, lambda header: header["knobs"].pop("NUM_LAYERS"))
     with pytest.raises(t.UserError, match="NUM_LAYERS is missing"):
-        t.read_artifact(sealed(tmp_path / "artifact.bin", other, code))
+        t.read_artifact(path)
+
+
+def test_a_tokenizer_has_a_digest_that_can_be_said(small_artifact, tmp_path):
+    path = with_header(tmp_path, small_artifact, lambda head: head["tokenizer"].update(sha256=5))
+    with pytest.raises(t.UserError, match="SHA-256 5"):
+        t.read_artifact(path)
 
 
 def test_no_checkpoint_is_more_than_a_line(tmp_path):

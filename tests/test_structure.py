@@ -1,6 +1,7 @@
 """The script as a file that is read from the top: its order, the length of its functions."""
 
 import ast
+import inspect
 import re
 from collections import Counter
 
@@ -75,11 +76,26 @@ def test_no_function_is_longer_than_a_screen():
     assert long == []
 
 
-@pytest.mark.parametrize(
-    "path", sorted((ROOT / "tests" / "benchmarks").glob("*.py")), ids=lambda path: path.name
-)
+BENCHMARKS = sorted((ROOT / "tests" / "benchmarks").glob("*.py"))
+
+
+@pytest.mark.parametrize("path", BENCHMARKS, ids=lambda path: path.name)
 def test_benchmarks_use_what_there_is(path):
     """They run on demand only: what they take from the script must not go without a word."""
     nodes = [n for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Attribute)]
     used = {node.attr for node in nodes if getattr(node.value, "id", "") == "t"}
     assert not {name for name in used if not hasattr(t, name)}
+
+
+@pytest.mark.parametrize("path", BENCHMARKS, ids=lambda path: path.name)
+def test_benchmarks_override_what_there_is(path):
+    """A method in the place of one of the script's has its parameters."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        bases = [getattr(t, base.attr) for base in getattr(node, "bases", ())
+                 if getattr(getattr(base, "value", None), "id", "") == "t"]  # fmt: skip
+        for method in (x for x in node.body if isinstance(x, ast.FunctionDef)) if bases else ():
+            for theirs in (getattr(base, method.name, None) for base in bases):
+                names = [argument.arg for argument in method.args.args]
+                assert not theirs or names == list(inspect.signature(theirs).parameters), (
+                    method.name
+                )
