@@ -1191,9 +1191,10 @@ def shared_documents(data: TrainWindows, val: np.ndarray, bos: int) -> tuple[int
     """(validation documents that are training documents too, their tokens)."""
     if bos < 0:
         return 0, 0
-    keys, trained = list(document_keys(val.astype("<u2"), bos)), set()
+    keys = list(document_keys(val.astype("<u2"), bos))
+    known, trained = set(keys), set()
     for shard in data.shards:
-        trained |= set(keys).intersection(document_keys(shard[:], bos))
+        trained |= known.intersection(document_keys(shard[:], bos))
     lengths = [key[0] for key in keys if key in trained]
     return len(lengths), sum(lengths)
 
@@ -3444,6 +3445,7 @@ class kernel:
         """The function as other kernels call it: it becomes a part of their machine code.
 
         Python must not call it: without what that would need, all is compiled in half the time.
+        For a number written in a call numba compiles it once more: pass a variable.
         """
         return self.compile(forceinline=True, no_cpython_wrapper=True, no_cfunc_wrapper=True)
 
@@ -6355,11 +6357,14 @@ class Use:
             predictor.code(np.array([self.bos], np.int64))
         return predictor
 
-    def file_tokens(self, path: Path) -> tuple[Pieces | None, int, list[np.ndarray]]:
-        """(what wrote a file's tokens, None for a shard; flags; the tokens in parts, uint16)."""
+    def file_tokens(self, path: Path, raw: bytes) -> tuple[Pieces | None, int, list[np.ndarray]]:
+        """(what wrote a file's tokens, None for a shard; flags; the tokens in parts, uint16).
+
+        raw: what is in the file.
+        """
         with contextlib.suppress(UserError):  # it is no shard, or one of another vocabulary
             tokens = check_ids(Shard(path)[:], self.artifact.tokenizer.vocab, path)
-            if len(tokens) and path.read_bytes().startswith(shard_header(len(tokens))):
+            if len(tokens) and raw.startswith(shard_header(len(tokens))):
                 return None, SHARD, [tokens.astype(np.uint16)]
         pieces, flags = self.pieces(), 0
         if not pieces.keeps_lines:  # nor had the text any that it was trained on
@@ -6372,8 +6377,9 @@ class Use:
         """Write FILE as a code made by what an artifact predicts."""
         cfg, path = self.cfg, Path(self.cfg.file)
         target = self.result_path(f"{path}.tgk")
-        pieces, flags, parts = self.file_tokens(path)
-        raw, count = path.read_bytes(), sum(map(len, parts))
+        raw = path.read_bytes()
+        pieces, flags, parts = self.file_tokens(path, raw)
+        count = sum(map(len, parts))
         if b"".join(file_bytes(pieces, flags, count, parts)) != raw:
             raise RunFailed(f"FILE={path}: it changes while it is read")
         flags |= NET_TOO * cfg.with_net

@@ -506,14 +506,9 @@ def test_damage_is_a_line_and_leaves_nothing(usual):
 def test_more_tokens_than_a_shard_can_have_are_a_line(usual):
     path = usual.folder / "many.tgk"
     use = usual.use(path)
-    mark = bytes.fromhex(t.file_sha256(use.path)[:8])
-    for flags in (t.SHARD, 0):  # as many words of a text are fewer than the code could be of
-        head = t.TGK.pack(t.TGK_MAGIC, flags | 4 << 4, mark, 0)
-        path.write_bytes(head + (1 << 31).to_bytes(4, "little") + bytes(5000))
-        if flags:
-            fails(use, "restore", "many.tgk: damaged, or cut short")
-        else:
-            assert use.read_head(path.read_bytes())[2] == 1 << 31
+    head = t.TGK.pack(t.TGK_MAGIC, t.SHARD | 4 << 4, bytes.fromhex(t.file_sha256(use.path)[:8]), 0)
+    path.write_bytes(head + (1 << 31).to_bytes(4, "little") + bytes(5000))
+    fails(use, "restore", "many.tgk: damaged, or cut short")
 
 
 def fails(use, work, text):
